@@ -1,0 +1,628 @@
+"""Format version 1: the immutable description of one generation of a snapshot, and the ref that names the current one.
+
+::
+
+    <root>/refs/<name>/<key>                    Ref, changed by compare-and-swap: the key's current generation
+    <root>/refs/<name>/newest                   Ref of the newest key, for people and for "why was it passed over"
+    <root>/manifests/<name>/<generation>-<id>   Manifest, immutable
+    <root>/blobs/<2 hex>/<blake3 of stored bytes>   one stored chunk, immutable
+    <root>/starts/<name>/<date>/<id>.json       one start record per worker start
+    <root>/leases/<name>                        who is capturing (efficiency only)
+
+Writing order is blobs, manifest, ref; reading order is the reverse. Nothing here does I/O.
+
+The reader is strict and light: it runs before the first answer, so it is the standard library only, and everything
+it returns has been checked (types, limits, that chunks tile their segments without hole or overlap, that every leaf lies
+inside its buffer). Lists of many are stored as columns (``{"name": [...], "segment": [...]}``), which is
+smaller and lets whole columns be checked at C speed. A major version above ours is refused, as is an unknown word in
+``requires``; unknown optional fields of a manifest are kept and written back.
+
+``tests/test_manifest.py`` holds the golden bytes and compares this reader with a pydantic model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from coldstart.errors import FormatVersionError, ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+KNOWN_FEATURES: frozenset[str] = frozenset()
+"""Words that a manifest may list in ``requires``. A reader that does not know one must not use the snapshot."""
+
+SEGMENT_ALIGNMENT_BYTES = 256
+MAX_MANIFEST_BYTES = 128 << 20
+MAX_REF_BYTES = 64 << 10
+MAX_SEGMENTS = 4096
+MAX_BUFFERS = 500_000
+MAX_LEAVES = 500_000
+MAX_FILES = 50_000
+MAX_CHUNKS = 2_000_000
+MAX_CHUNK_BYTES = 64 << 20
+MAX_TOTAL_BYTES = 1 << 42
+MAX_TEXT = 4096
+MAX_DIMENSIONS = 64
+MAX_STORED_OVERHEAD_BYTES = 64 << 10
+"""Stored bytes of a chunk may exceed its raw bytes by at most this and an eighth (frame headers)."""
+
+BUFFER_KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
+RUNGS = ("files", "arrays")
+NO_BUFFER = -1
+"""A leaf without elements has no bytes: all empty arrays share an address and none of them is tied to another."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(=[A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z")
+_HEX_64 = re.compile(r"[0-9a-f]{64}\Z")
+_HEX_32 = re.compile(r"[0-9a-f]{32}\Z")
+_FILE_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}\Z")
+
+
+class Segment(NamedTuple):
+    """Buffers of one item size, kind and consumer, one after another, each aligned to 256 bytes."""
+
+    item_bytes: int
+    kind: str
+    consumer: str
+    length_bytes: int
+
+
+class Chunk(NamedTuple):
+    """A slice of one segment: the unit of encoding, hashing, fetching, retrying and reuse. Hashes are BLAKE3, hex."""
+
+    segment: int
+    offset_bytes: int
+    length_bytes: int
+    raw_hash: str
+    codec: str
+    parameters: Mapping[str, int | str]
+    blob: str
+    stored_bytes: int
+
+
+class Buffer(NamedTuple):
+    """A run of bytes in a segment that one or more leaves are views of."""
+
+    name: str
+    kind: str
+    segment: int
+    offset_bytes: int
+    length_bytes: int
+
+
+class Leaf(NamedTuple):
+    """An array of the state: a strided view of a buffer.
+
+    ``path`` is where it sits in the state; ``dtype`` an open name that the framework understands; ``shape`` and ``strides``
+    are in items; ``offset_bytes`` is inside the buffer. ``same_as`` is the path of the leaf that is the very same
+    object ("" if none): tied parameters are one object at two paths. ``role`` says what it is to its holder
+    (``parameter``, ``buffer``, ``tensor``, ``array``).
+    """
+
+    path: str
+    framework: str
+    role: str
+    dtype: str
+    item_bytes: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    buffer: int
+    offset_bytes: int
+    requires_grad: bool
+    same_as: str
+
+
+class FileEntry(NamedTuple):
+    """A file of the snapshot: ``name`` is a clean relative path below the folder that ``root`` stands for."""
+
+    root: str
+    name: str
+    mode: int
+    segment: int
+    offset_bytes: int
+    length_bytes: int
+
+
+class Pool(NamedTuple):
+    """Memory that the state needs and no snapshot holds (KV cache, workspace): allocated in phase pool_alloc."""
+
+    name: str
+    kind: str
+    length_bytes: int
+
+
+class KeyRecord(NamedTuple):
+    """What a snapshot depends on: the digest of ``parts``, and each part's own digest so that a change can be named."""
+
+    digest: str
+    parts: Mapping[str, str]
+
+
+class Manifest(NamedTuple):
+    """One generation of a snapshot, complete: with its blobs it restores without asking anything else."""
+
+    name: str
+    generation: int
+    parent: str
+    created_seconds: float
+    rung: str
+    device_type: str
+    key: KeyRecord
+    segments: tuple[Segment, ...]
+    buffers: tuple[Buffer, ...]
+    leaves: tuple[Leaf, ...]
+    files: tuple[FileEntry, ...]
+    chunks: tuple[Chunk, ...]
+    pools: tuple[Pool, ...]
+    tree: Any
+    """The state's shape where no ``build`` is needed (see frameworks.tree), else None."""
+    modules: Mapping[str, bool]
+    """Path of every torch module in the state -> its training mode."""
+    programs: tuple[Mapping[str, Any], ...]
+    """Compiled programs; entry points hang below each. Empty in generations of the lower rungs."""
+    platform: Mapping[str, str]
+    provenance: Mapping[str, str]
+    warmup_digests: tuple[str, ...]
+    """Digest of the answer to each warm-up event, as the first worker gave it."""
+    requires: tuple[str, ...]
+    signature: str
+    extra: Mapping[str, Any]
+    """Fields of a newer minor version: kept, written back, otherwise not looked at."""
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the state and its files, decoded."""
+        return sum(segment.length_bytes for segment in self.segments)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a worker fetches; a blob named by several chunks counts once."""
+        return sum({chunk.blob: chunk.stored_bytes for chunk in self.chunks}.values())
+
+
+class Ref(NamedTuple):
+    """The one mutable object of a key. ``write_id`` is unique to the write, so a lost answer can be settled by reading."""
+
+    name: str
+    key: KeyRecord
+    generation: int
+    manifest: str
+    write_id: str
+    updated_seconds: float
+    previous_generation: int
+    previous_manifest: str
+    """Key of the manifest before this one, "" for the first generation."""
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it can name a snapshot, else raise ManifestError."""
+    if not isinstance(name, str) or not _NAME.match(name):
+        raise ManifestError(f"{name!r} cannot name a snapshot: use letters, digits, '.', '_' and '-', at most 100 of them")
+    return name
+
+
+def check_file_name(name: str) -> str:
+    """Return ``name`` if it is a clean relative path (no ``..``, no control characters), else raise ManifestError."""
+    parts = name.split("/")
+    if len(name) > MAX_TEXT or any(part in (".", "..") or not _FILE_PART.match(part) for part in parts):
+        raise ManifestError(f"illegal file name {name!r} in a snapshot: it must be a relative path without '..'")
+    return name
+
+
+def ref_key(name: str, key_digest: str) -> str:
+    """Where the ref of a snapshot's key is stored."""
+    return f"refs/{name}/{key_digest}"
+
+
+def newest_ref_key(name: str) -> str:
+    """Where the ref of the newest key of a snapshot is stored."""
+    return f"refs/{name}/newest"
+
+
+def manifest_key(name: str, generation: int, unique: str) -> str:
+    """Where a generation's manifest is stored; ``unique`` makes the name fresh even for a repeated number."""
+    return f"manifests/{name}/{generation:06d}-{unique}"
+
+
+def blob_key(blob: str) -> str:
+    """Where the blob with this hash is stored."""
+    return f"blobs/{blob[:2]}/{blob}"
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def manifest_to_json(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest: sorted keys, no spaces, ASCII. The same manifest gives the same bytes."""
+    document: dict[str, Any] = dict(manifest.extra)
+    document.update(manifest._asdict())
+    del document["extra"]
+    document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
+    document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
+    for field, table in _TABLES.items():
+        document[field] = table.columns(getattr(manifest, field))
+    return _canonical(document)
+
+
+def ref_to_json(ref: Ref) -> bytes:
+    """The canonical bytes of a ref."""
+    document: dict[str, Any] = ref._asdict()
+    document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
+    document["key"] = {"digest": ref.key.digest, "parts": dict(ref.key.parts)}
+    return _canonical(document)
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def manifest_from_json(data: bytes) -> Manifest:
+    """Read and check a manifest. Raises ManifestError (FormatVersionError for a newer format), nothing else."""
+    document = _parse(data, MAX_MANIFEST_BYTES, "manifest")
+    fields = _Fields(document, "manifest")
+    _check_version(fields)
+    requires = fields.texts("requires")
+    unknown = sorted(set(requires) - KNOWN_FEATURES)
+    if unknown:
+        raise FormatVersionError(f"the manifest needs {', '.join(unknown)}, which this coldstart does not know: upgrade it")
+    tables: dict[str, Any] = {name: table.rows(fields.take(name, dict), name) for name, table in _TABLES.items()}
+    manifest = Manifest(
+        name=fields.name("name"),
+        generation=fields.count("generation"),
+        parent=fields.text("parent"),
+        created_seconds=fields.seconds("created_seconds"),
+        rung=fields.one_of("rung", RUNGS),
+        device_type=fields.text("device_type"),
+        key=_key_record(fields),
+        tree=fields.pop("tree"),
+        modules=fields.mapping("modules", bool),
+        programs=tuple(fields.objects("programs")),
+        platform=fields.mapping("platform", str),
+        provenance=fields.mapping("provenance", str),
+        warmup_digests=tuple(fields.texts("warmup_digests")),
+        requires=tuple(requires),
+        signature=fields.text("signature"),
+        extra=fields.rest(),
+        **tables,
+    )
+    _check_segments(manifest)
+    _check_chunks(manifest)
+    _check_buffers(manifest)
+    _check_leaves(manifest)
+    _check_files(manifest)
+    return manifest
+
+
+def ref_from_json(data: bytes) -> Ref:
+    """Read and check a ref. Raises ManifestError (FormatVersionError for a newer format), nothing else."""
+    fields = _Fields(_parse(data, MAX_REF_BYTES, "ref"), "ref")
+    _check_version(fields)
+    return Ref(
+        name=fields.name("name"),
+        key=_key_record(fields),
+        generation=fields.count("generation"),
+        manifest=fields.manifest_key("manifest"),
+        write_id=fields.text("write_id"),
+        updated_seconds=fields.seconds("updated_seconds"),
+        previous_generation=fields.count("previous_generation"),
+        previous_manifest=fields.manifest_key("previous_manifest", empty=True),
+    )
+
+
+def _parse(data: bytes, limit_bytes: int, what: str) -> dict[str, Any]:
+    if len(data) > limit_bytes:
+        raise ManifestError(f"the {what} has {len(data)} bytes, more than the {limit_bytes} that the format allows")
+    try:
+        document = json.loads(data, object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"the {what} is not the JSON that coldstart writes: {error}") from error
+    if not isinstance(document, dict):
+        raise ManifestError(f"the {what} is not a JSON object")
+    return document
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return document
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _check_version(fields: _Fields) -> None:
+    version = fields.take("format", dict)
+    major = version.get("major")
+    if type(major) is not int or type(version.get("minor")) is not int:
+        raise ManifestError(f"the {fields.what} does not say its format version")
+    if major != FORMAT_MAJOR:
+        raise FormatVersionError(
+            f"the {fields.what} has format {major}, this coldstart reads {FORMAT_MAJOR}: upgrade coldstart where it is older"
+        )
+
+
+def _key_record(fields: _Fields) -> KeyRecord:
+    inner = _Fields(fields.take("key", dict), f"{fields.what}.key")
+    return KeyRecord(digest=inner.hex_digest("digest"), parts=inner.mapping("parts", str))
+
+
+class _Fields:
+    """A JSON object that is taken apart field by field; what is left at the end are fields we do not know."""
+
+    def __init__(self, document: dict[str, Any], what: str) -> None:
+        self.document = dict(document)
+        self.what = what
+
+    def pop(self, field: str) -> Any:
+        if field not in self.document:
+            raise ManifestError(f"the {self.what} lacks {field!r}")
+        return self.document.pop(field)
+
+    def take(self, field: str, kind: type) -> Any:
+        value = self.pop(field)
+        if type(value) is not kind:
+            raise ManifestError(f"{self.what}.{field} is a {type(value).__name__}, not a {kind.__name__}")
+        return value
+
+    def text(self, field: str) -> str:
+        value: str = self.take(field, str)
+        if len(value) > MAX_TEXT:
+            raise ManifestError(f"{self.what}.{field} is longer than {MAX_TEXT} characters")
+        return value
+
+    def name(self, field: str) -> str:
+        return check_name(self.text(field))
+
+    def hex_digest(self, field: str) -> str:
+        value = self.text(field)
+        if not _HEX_32.match(value):
+            raise ManifestError(f"{self.what}.{field} is not a digest of 32 hex digits")
+        return value
+
+    def manifest_key(self, field: str, *, empty: bool = False) -> str:
+        value = self.text(field)
+        if not (value == "" and empty) and not re.match(r"manifests/[A-Za-z0-9._=-]+/[0-9]{6,}-[0-9a-f]+\Z", value):
+            raise ManifestError(f"{self.what}.{field} is not the key of a manifest: {value!r}")
+        return value
+
+    def count(self, field: str) -> int:
+        value: int = self.take(field, int)
+        if not 0 <= value < 1 << 53:
+            raise ManifestError(f"{self.what}.{field} is out of range: {value}")
+        return value
+
+    def seconds(self, field: str) -> float:
+        value = self.pop(field)
+        if type(value) not in (int, float) or not 0 <= value < 1e11:  # noqa: PLR2004  Unix seconds of this millennium
+            raise ManifestError(f"{self.what}.{field} is not a time in Unix seconds")
+        return float(value)
+
+    def one_of(self, field: str, allowed: Sequence[str]) -> str:
+        value = self.text(field)
+        if value not in allowed:
+            raise ManifestError(f"{self.what}.{field} is {value!r}, not one of {', '.join(allowed)}")
+        return value
+
+    def mapping(self, field: str, kind: type) -> dict[str, Any]:
+        value: dict[str, Any] = self.take(field, dict)
+        if len(value) > MAX_LEAVES or any(type(item) is not kind for item in value.values()):
+            raise ManifestError(f"{self.what}.{field} must map names to {kind.__name__} values")
+        return value
+
+    def texts(self, field: str) -> list[str]:
+        value: list[Any] = self.take(field, list)
+        if len(value) > MAX_TEXT or any(type(item) is not str or len(item) > MAX_TEXT for item in value):
+            raise ManifestError(f"{self.what}.{field} must be a list of short texts")
+        return value
+
+    def objects(self, field: str) -> list[dict[str, Any]]:
+        value: list[Any] = self.take(field, list)
+        if len(value) > MAX_TEXT or any(type(item) is not dict for item in value):
+            raise ManifestError(f"{self.what}.{field} must be a list of objects")
+        return value
+
+    def rest(self) -> dict[str, Any]:
+        return self.document
+
+
+def _counts(column: list[Any]) -> bool:
+    return not column or (set(map(type, column)) == {int} and min(column) >= 0 and max(column) < 1 << 53)
+
+
+def _indices(column: list[Any]) -> bool:
+    return not column or (set(map(type, column)) == {int} and min(column) >= NO_BUFFER and max(column) < 1 << 31)
+
+
+def _texts(column: list[Any]) -> bool:
+    return not column or (set(map(type, column)) == {str} and max(map(len, column)) <= MAX_TEXT)
+
+
+def _hashes(column: list[Any]) -> bool:
+    return not column or (set(map(type, column)) == {str} and all(map(_HEX_64.match, column)))
+
+
+def _flags(column: list[Any]) -> bool:
+    return not column or set(map(type, column)) == {bool}
+
+
+def _mappings(column: list[Any]) -> bool:
+    return all(type(item) is dict and all(type(value) in (int, str) for value in item.values()) for item in column)
+
+
+def _shapes(column: list[Any]) -> bool:
+    return all(type(item) is list and len(item) <= MAX_DIMENSIONS and _counts(item) for item in column)
+
+
+class _Table:
+    """How rows of one NamedTuple are stored as columns, with a check per column and a limit on their number."""
+
+    def __init__(self, row: Callable[..., Any], limit: int, checks: Mapping[str, Callable[[list[Any]], bool]]) -> None:
+        self.row = row
+        self.limit = limit
+        self.checks = checks
+
+    def columns(self, rows: Sequence[Any]) -> dict[str, list[Any]]:
+        columns = list(zip(*rows, strict=True)) or [()] * len(self.checks)
+        return {name: list(column) for name, column in zip(self.checks, columns, strict=True)}
+
+    def rows(self, document: dict[str, Any], what: str) -> tuple[Any, ...]:
+        if set(document) != set(self.checks):
+            raise ManifestError(f"manifest.{what} must have exactly the columns {', '.join(self.checks)}")
+        columns = [document[name] for name in self.checks]
+        if any(type(column) is not list for column in columns) or len(set(map(len, columns))) != 1:
+            raise ManifestError(f"manifest.{what} must have columns of one length")
+        if len(columns[0]) > self.limit:
+            raise ManifestError(f"manifest.{what} has {len(columns[0])} rows, more than the {self.limit} allowed")
+        for name, check in self.checks.items():
+            if not check(document[name]):
+                raise ManifestError(f"manifest.{what}.{name} holds a value of the wrong type or out of range")
+            if check is _shapes:
+                columns[list(self.checks).index(name)] = list(map(tuple, document[name]))
+        return tuple(map(self.row, *columns))
+
+
+_TABLES: Mapping[str, _Table] = {
+    "segments": _Table(
+        Segment, MAX_SEGMENTS, {"item_bytes": _counts, "kind": _texts, "consumer": _texts, "length_bytes": _counts}
+    ),
+    "buffers": _Table(
+        Buffer,
+        MAX_BUFFERS,
+        {"name": _texts, "kind": _texts, "segment": _counts, "offset_bytes": _counts, "length_bytes": _counts},
+    ),
+    "leaves": _Table(
+        Leaf,
+        MAX_LEAVES,
+        {
+            "path": _texts,
+            "framework": _texts,
+            "role": _texts,
+            "dtype": _texts,
+            "item_bytes": _counts,
+            "shape": _shapes,
+            "strides": _shapes,
+            "buffer": _indices,
+            "offset_bytes": _counts,
+            "requires_grad": _flags,
+            "same_as": _texts,
+        },
+    ),
+    "files": _Table(
+        FileEntry,
+        MAX_FILES,
+        {
+            "root": _texts,
+            "name": _texts,
+            "mode": _counts,
+            "segment": _counts,
+            "offset_bytes": _counts,
+            "length_bytes": _counts,
+        },
+    ),
+    "chunks": _Table(
+        Chunk,
+        MAX_CHUNKS,
+        {
+            "segment": _counts,
+            "offset_bytes": _counts,
+            "length_bytes": _counts,
+            "raw_hash": _hashes,
+            "codec": _texts,
+            "parameters": _mappings,
+            "blob": _hashes,
+            "stored_bytes": _counts,
+        },
+    ),
+    "pools": _Table(Pool, MAX_BUFFERS, {"name": _texts, "kind": _texts, "length_bytes": _counts}),
+}
+
+
+def _check_segments(manifest: Manifest) -> None:
+    if manifest.raw_bytes > MAX_TOTAL_BYTES:
+        raise ManifestError(f"the manifest claims {manifest.raw_bytes} bytes, more than the {MAX_TOTAL_BYTES} allowed")
+    for index, segment in enumerate(manifest.segments):
+        if not 1 <= segment.item_bytes <= 64:  # noqa: PLR2004  complex256 is 32; nothing is larger
+            raise ManifestError(f"segment {index} has items of {segment.item_bytes} bytes")
+
+
+def _check_chunks(manifest: Manifest) -> None:
+    """Chunks tile the segments: in order, without hole, overlap or rest."""
+    segment, position = 0, 0
+    for index, chunk in enumerate(manifest.chunks):
+        while segment < len(manifest.segments) and position == manifest.segments[segment].length_bytes:
+            segment, position = segment + 1, 0
+        if chunk.segment != segment or chunk.offset_bytes != position or segment >= len(manifest.segments):
+            raise ManifestError(f"chunk {index} leaves a hole or an overlap in segment {chunk.segment}")
+        if not 0 < chunk.length_bytes <= MAX_CHUNK_BYTES:
+            raise ManifestError(f"chunk {index} has {chunk.length_bytes} bytes: between 1 and {MAX_CHUNK_BYTES} are allowed")
+        if chunk.stored_bytes > chunk.length_bytes + chunk.length_bytes // 8 + MAX_STORED_OVERHEAD_BYTES:
+            raise ManifestError(f"chunk {index} stores {chunk.stored_bytes} bytes for {chunk.length_bytes}")
+        position += chunk.length_bytes
+        if position > manifest.segments[segment].length_bytes:
+            raise ManifestError(f"chunk {index} reaches past the end of segment {segment}")
+    while segment < len(manifest.segments) and position == manifest.segments[segment].length_bytes:
+        segment, position = segment + 1, 0
+    if segment != len(manifest.segments):
+        raise ManifestError(f"the chunks do not cover segment {segment}")
+
+
+def _check_extent(manifest: Manifest, what: str, segment: int, offset_bytes: int, length_bytes: int) -> None:
+    if segment >= len(manifest.segments) or offset_bytes + length_bytes > manifest.segments[segment].length_bytes:
+        raise ManifestError(f"{what} lies outside segment {segment}")
+
+
+def _check_buffers(manifest: Manifest) -> None:
+    if len({buffer.name for buffer in manifest.buffers}) != len(manifest.buffers):
+        raise ManifestError("two buffers have the same name")
+    for buffer in manifest.buffers:
+        if buffer.kind not in BUFFER_KINDS:
+            raise ManifestError(f"buffer {buffer.name!r} is of the unknown kind {buffer.kind!r}")
+        if buffer.offset_bytes % SEGMENT_ALIGNMENT_BYTES:
+            raise ManifestError(f"buffer {buffer.name!r} is not aligned to {SEGMENT_ALIGNMENT_BYTES} bytes")
+        _check_extent(manifest, f"buffer {buffer.name!r}", buffer.segment, buffer.offset_bytes, buffer.length_bytes)
+
+
+def _check_leaves(manifest: Manifest) -> None:
+    paths = {leaf.path for leaf in manifest.leaves}
+    if len(paths) != len(manifest.leaves):
+        raise ManifestError("two leaves have the same path")
+    for leaf in manifest.leaves:
+        if len(leaf.shape) != len(leaf.strides):
+            raise ManifestError(f"leaf {leaf.path!r} has {len(leaf.shape)} sizes and {len(leaf.strides)} strides")
+        if leaf.same_as and leaf.same_as not in paths:
+            raise ManifestError(f"leaf {leaf.path!r} is the same as {leaf.same_as!r}, which is not there")
+        needed = leaf_extent_bytes(leaf)
+        if leaf.buffer == NO_BUFFER:
+            if needed:
+                raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
+        elif leaf.buffer >= len(manifest.buffers):
+            raise ManifestError(f"leaf {leaf.path!r} names buffer {leaf.buffer}, which is not there")
+        elif leaf.offset_bytes + needed > manifest.buffers[leaf.buffer].length_bytes:
+            raise ManifestError(f"leaf {leaf.path!r} reaches past the end of its buffer")
+
+
+def leaf_extent_bytes(leaf: Leaf) -> int:
+    """Bytes from a leaf's first element to the end of its last one; 0 for a leaf without elements."""
+    if 0 in leaf.shape:
+        return 0
+    last_item = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.strides, strict=True))
+    return (last_item + 1) * leaf.item_bytes
+
+
+def _check_files(manifest: Manifest) -> None:
+    if len({(entry.root, entry.name) for entry in manifest.files}) != len(manifest.files):
+        raise ManifestError("two files have the same name")
+    for entry in manifest.files:
+        check_file_name(entry.name)
+        if not re.match(r"[A-Z_a-z0-9]{1,64}\Z", entry.root) or entry.mode & ~0o777:
+            raise ManifestError(f"file {entry.name!r} has an illegal root or mode")
+        _check_extent(manifest, f"file {entry.name!r}", entry.segment, entry.offset_bytes, entry.length_bytes)

@@ -1,0 +1,112 @@
+"""The contract of a snapshot store: a flat namespace of small and medium objects, some written once, a few swapped.
+
+Promised by every store:
+
+- ``put`` is atomic: a reader sees the whole old object or the whole new one, never a mix and never a part, whatever
+  dies in between. ``get`` after a successful ``put`` sees it (read after write).
+- ``put(if_absent=True)`` and ``put(if_match=etag)`` either take effect or raise ConditionFailedError, *where
+  ``capabilities`` claims so*. A store that cannot enforce a condition says so there and ignores the option.
+- Errors are those of ``coldstart.errors`` and no other library's: ObjectMissingError, ConditionFailedError,
+  AccessDeniedError, StoreSetupError, and StoreTransientError for what may pass. A store never retries by itself
+  (``stores.retrying`` does), so one call is one attempt.
+- Calls are safe from several threads at once.
+
+Not promised: that listing is fast or fresh (a restore never lists), ordering between objects, anything about a
+``put`` whose answer was lost: it may have taken effect, and raises StoreTransientError.
+
+Keys are relative, ``/``-separated, made of ``[A-Za-z0-9._=-]`` parts, never with a ``..``: see ``check_key``.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart.errors import StoreSetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_KEY = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}(/[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}){0,15}\Z")
+
+
+class Capabilities(NamedTuple):
+    """What a store enforces, as data. False means: the option is accepted and has no effect."""
+
+    create_if_absent: bool
+    compare_and_swap: bool
+    ranges: bool
+    atomic_put: bool = True
+
+
+class ObjectInfo(NamedTuple):
+    """One stored object as a listing or a HEAD shows it. ``modified_seconds``: the store's clock, Unix time."""
+
+    key: str
+    size_bytes: int
+    modified_seconds: float
+
+
+class StoredObject(NamedTuple):
+    """An object's bytes with the tag that ``put(if_match=...)`` takes to swap just this version of it."""
+
+    data: bytes
+    etag: str
+
+
+class Store(ABC):
+    """A snapshot store. See the module's docstring for what every implementation promises."""
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """The store's address for people, free of secrets: ``file:///...``, ``s3://bucket/prefix``, ``memory://``."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this store enforces."""
+
+    @abstractmethod
+    def get(self, key: str) -> StoredObject:
+        """Read a whole object. Raises ObjectMissingError."""
+
+    @abstractmethod
+    def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
+        """Fill ``target`` (writable, contiguous bytes) with ``len(target)`` bytes of the object from ``offset_bytes``.
+
+        Raises ObjectMissingError, and BlobCorruptError when the object is shorter than asked for.
+        """
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo:
+        """Size and age of an object. Raises ObjectMissingError."""
+
+    @abstractmethod
+    def put(
+        self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None
+    ) -> str:
+        """Write an object and return its etag.
+
+        ``if_absent``: only if nothing is stored there. ``if_match``: only if the stored object has that etag (a missing
+        object does not match). At most one of the two. Raises ConditionFailedError.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; removing one that is not there is no error."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects whose key starts with ``prefix`` (a whole folder when it ends in ``/``), in any order."""
+
+    def close(self) -> None:  # noqa: B027  an optional hook: most stores hold nothing open
+        """Let go of connections. The store is not used afterwards."""
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` if it is a legal object key, else raise StoreSetupError (a bug or a hostile manifest)."""
+    if not _KEY.match(key):
+        raise StoreSetupError(f"illegal object key {key!r}: keys are relative paths of [A-Za-z0-9._=-] parts", key=key)
+    return key
