@@ -12,10 +12,12 @@
 Writing order is blobs, manifest, ref; reading order is the reverse. Nothing here does I/O.
 
 The reader is strict and light: it runs before the first answer, so it is the standard library only, and everything
-it returns has been checked (types, limits, that chunks tile their segments without hole or overlap, that every leaf lies
-inside its buffer). Lists of many are stored as columns (``{"name": [...], "segment": [...]}``), which is
-smaller and lets whole columns be checked at C speed. A major version above ours is refused, as is an unknown word in
-``requires``; unknown optional fields of a manifest are kept and written back.
+it returns has been checked: types and limits, that chunks tile their segments without hole or overlap, that buffers and
+files lie apart and inside their segments and leaves inside their buffers, that file names are safe to create and texts
+can be encoded. Not looked into, but for their depth, are ``tree``, ``programs`` and unknown fields: their users check
+them. Lists of many are stored as columns (``{"name": [...], "segment": [...]}``), which is smaller and lets whole
+columns be checked at C speed. A major version above ours is refused, as is an unknown word in ``requires``; unknown
+optional fields of a manifest are kept and written back.
 
 ``tests/test_manifest.py`` holds the golden bytes and compares this reader with a pydantic model.
 """
@@ -23,7 +25,9 @@ smaller and lets whole columns be checked at C speed. A major version above ours
 from __future__ import annotations
 
 import json
+import math
 import re
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from coldstart.errors import FormatVersionError, ManifestError
@@ -48,6 +52,9 @@ MAX_CHUNK_BYTES = 64 << 20
 MAX_TOTAL_BYTES = 1 << 42
 MAX_TEXT = 4096
 MAX_DIMENSIONS = 64
+MAX_DEPTH = 200
+"""How deep the free-form fields may nest: far below Python's recursion limit, for those who walk them."""
+MAX_ITEM_BYTES = 64
 MAX_STORED_OVERHEAD_BYTES = 64 << 10
 """Stored bytes of a chunk may exceed its raw bytes by at most this and an eighth (frame headers)."""
 
@@ -57,9 +64,12 @@ NO_BUFFER = -1
 """A leaf without elements has no bytes: all empty arrays share an address and none of them is tied to another."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(=[A-Za-z0-9][A-Za-z0-9._-]{0,63})?\Z")
+_MANIFEST_KEY = re.compile(r"manifests/([^/]+)/([0-9]{6,16})-[0-9a-f]{1,64}\Z")
 _HEX_64 = re.compile(r"[0-9a-f]{64}\Z")
 _HEX_32 = re.compile(r"[0-9a-f]{32}\Z")
-_FILE_PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,255}\Z")
+_FILE_PART = re.compile(r"[^/\\\x00-\x1f\x7f]+\Z")
+_FILE_ROOT = re.compile(r"[A-Z_a-z0-9]{1,64}\Z")
+_MAX_FILE_PART_BYTES = 255
 
 
 class Segment(NamedTuple):
@@ -97,10 +107,10 @@ class Buffer(NamedTuple):
 class Leaf(NamedTuple):
     """An array of the state: a strided view of a buffer.
 
-    ``path`` is where it sits in the state; ``dtype`` an open name that the framework understands; ``shape`` and ``strides``
-    are in items; ``offset_bytes`` is inside the buffer. ``same_as`` is the path of the leaf that is the very same
-    object ("" if none): tied parameters are one object at two paths. ``role`` says what it is to its holder
-    (``parameter``, ``buffer``, ``tensor``, ``array``).
+    ``path`` is where it sits in the state; ``dtype`` an open name that the framework understands; ``shape`` and
+    ``strides`` are in items; ``offset_bytes`` is inside the buffer. ``same_as`` is the path of an earlier leaf that is
+    the very same object ("" if there is none): tied parameters are one object at two paths. ``role`` says what it is to
+    its holder (``parameter``, ``buffer``, ``tensor``, ``array``).
     """
 
     path: str
@@ -185,7 +195,7 @@ class Manifest(NamedTuple):
 
 
 class Ref(NamedTuple):
-    """The one mutable object of a key. ``write_id`` is unique to the write, so a lost answer can be settled by reading."""
+    """The one mutable object of a key. ``write_id`` is unique to the write: a lost answer can be settled by reading."""
 
     name: str
     key: KeyRecord
@@ -198,19 +208,33 @@ class Ref(NamedTuple):
     """Key of the manifest before this one, "" for the first generation."""
 
 
-def check_name(name: str) -> str:
+def check_name(name: object) -> str:
     """Return ``name`` if it can name a snapshot, else raise ManifestError."""
     if not isinstance(name, str) or not _NAME.match(name):
-        raise ManifestError(f"{name!r} cannot name a snapshot: use letters, digits, '.', '_' and '-', at most 100 of them")
+        raise ManifestError(f"{name!r} cannot name a snapshot: use up to 100 letters, digits, '.', '_' and '-'")
     return name
 
 
 def check_file_name(name: str) -> str:
     """Return ``name`` if it is a clean relative path (no ``..``, no control characters), else raise ManifestError."""
-    parts = name.split("/")
-    if len(name) > MAX_TEXT or any(part in (".", "..") or not _FILE_PART.match(part) for part in parts):
+    if len(name) > MAX_TEXT or not _encodable(name) or not all(map(_is_file_part, name.split("/"))):
         raise ManifestError(f"illegal file name {name!r} in a snapshot: it must be a relative path without '..'")
     return name
+
+
+def _is_file_part(part: str) -> bool:
+    return part not in (".", "..") and bool(_FILE_PART.match(part)) and len(part.encode()) <= _MAX_FILE_PART_BYTES
+
+
+def _encodable(text: str) -> bool:
+    """False for half a surrogate pair, which JSON can spell and no file name, log or terminal can take."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def ref_key(name: str, key_digest: str) -> str:
@@ -238,9 +262,9 @@ def blob_key(blob: str) -> str:
 
 def manifest_to_json(manifest: Manifest) -> bytes:
     """The canonical bytes of a manifest: sorted keys, no spaces, ASCII. The same manifest gives the same bytes."""
-    document: dict[str, Any] = dict(manifest.extra)
-    document.update(manifest._asdict())
+    document: dict[str, Any] = manifest._asdict()
     del document["extra"]
+    document = {**manifest.extra, **document}
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
     for field, table in _TABLES.items():
@@ -271,12 +295,13 @@ def manifest_from_json(data: bytes) -> Manifest:
     requires = fields.texts("requires")
     unknown = sorted(set(requires) - KNOWN_FEATURES)
     if unknown:
-        raise FormatVersionError(f"the manifest needs {', '.join(unknown)}, which this coldstart does not know: upgrade it")
-    tables: dict[str, Any] = {name: table.rows(fields.take(name, dict), name) for name, table in _TABLES.items()}
+        raise FormatVersionError(f"the manifest needs {unknown[0]!r}, which this coldstart does not know: upgrade it")
+    name = fields.name("name")
+    tables: dict[str, Any] = {field: table.rows(fields.take(field, dict), field) for field, table in _TABLES.items()}
     manifest = Manifest(
-        name=fields.name("name"),
+        name=name,
         generation=fields.count("generation"),
-        parent=fields.text("parent"),
+        parent=fields.manifest_key("parent", name=name, empty=True),
         created_seconds=fields.seconds("created_seconds"),
         rung=fields.one_of("rung", RUNGS),
         device_type=fields.text("device_type"),
@@ -292,11 +317,14 @@ def manifest_from_json(data: bytes) -> Manifest:
         extra=fields.rest(),
         **tables,
     )
+    _check_depth([manifest.tree, *manifest.programs, manifest.extra])
     _check_segments(manifest)
     _check_chunks(manifest)
     _check_buffers(manifest)
     _check_leaves(manifest)
     _check_files(manifest)
+    _check_apart(manifest)
+    _check_pools(manifest)
     return manifest
 
 
@@ -304,15 +332,18 @@ def ref_from_json(data: bytes) -> Ref:
     """Read and check a ref. Raises ManifestError (FormatVersionError for a newer format), nothing else."""
     fields = _Fields(_parse(data, MAX_REF_BYTES, "ref"), "ref")
     _check_version(fields)
+    name = fields.name("name")
+    generation = fields.count("generation")
+    previous = fields.count("previous_generation")
     return Ref(
-        name=fields.name("name"),
+        name=name,
         key=_key_record(fields),
-        generation=fields.count("generation"),
-        manifest=fields.manifest_key("manifest"),
+        generation=generation,
+        manifest=fields.manifest_key("manifest", name=name, generation=generation),
         write_id=fields.text("write_id"),
         updated_seconds=fields.seconds("updated_seconds"),
-        previous_generation=fields.count("previous_generation"),
-        previous_manifest=fields.manifest_key("previous_manifest", empty=True),
+        previous_generation=previous,
+        previous_manifest=fields.manifest_key("previous_manifest", name=name, generation=previous, empty=True),
     )
 
 
@@ -320,7 +351,9 @@ def _parse(data: bytes, limit_bytes: int, what: str) -> dict[str, Any]:
     if len(data) > limit_bytes:
         raise ManifestError(f"the {what} has {len(data)} bytes, more than the {limit_bytes} that the format allows")
     try:
-        document = json.loads(data, object_pairs_hook=_unique_pairs, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode(), object_pairs_hook=_unique_pairs, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"the {what} is not the JSON that coldstart writes: {error}") from error
     if not isinstance(document, dict):
@@ -339,6 +372,24 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is out of range")
+    return value
+
+
+def _check_depth(values: list[Any]) -> None:
+    for _ in range(MAX_DEPTH):
+        containers = [
+            value.values() if type(value) is dict else value for value in values if type(value) in (dict, list)
+        ]
+        values = list(chain.from_iterable(containers))
+        if not values:
+            return
+    raise ManifestError(f"the manifest nests deeper than {MAX_DEPTH} levels")
+
+
 def _check_version(fields: _Fields) -> None:
     version = fields.take("format", dict)
     major = version.get("major")
@@ -346,13 +397,16 @@ def _check_version(fields: _Fields) -> None:
         raise ManifestError(f"the {fields.what} does not say its format version")
     if major != FORMAT_MAJOR:
         raise FormatVersionError(
-            f"the {fields.what} has format {major}, this coldstart reads {FORMAT_MAJOR}: upgrade coldstart where it is older"
+            f"the {fields.what} has format {major}, this coldstart reads {FORMAT_MAJOR}: upgrade the older one"
         )
 
 
 def _key_record(fields: _Fields) -> KeyRecord:
     inner = _Fields(fields.take("key", dict), f"{fields.what}.key")
-    return KeyRecord(digest=inner.hex_digest("digest"), parts=inner.mapping("parts", str))
+    record = KeyRecord(digest=inner.hex_digest("digest"), parts=inner.mapping("parts", str))
+    if inner.rest():
+        raise ManifestError(f"the {inner.what} holds more than digest and parts")
+    return record
 
 
 class _Fields:
@@ -375,8 +429,8 @@ class _Fields:
 
     def text(self, field: str) -> str:
         value: str = self.take(field, str)
-        if len(value) > MAX_TEXT:
-            raise ManifestError(f"{self.what}.{field} is longer than {MAX_TEXT} characters")
+        if not _texts([value]):
+            raise ManifestError(f"{self.what}.{field} is longer than {MAX_TEXT} characters or cannot be encoded")
         return value
 
     def name(self, field: str) -> str:
@@ -388,10 +442,14 @@ class _Fields:
             raise ManifestError(f"{self.what}.{field} is not a digest of 32 hex digits")
         return value
 
-    def manifest_key(self, field: str, *, empty: bool = False) -> str:
+    def manifest_key(self, field: str, *, name: str, generation: int | None = None, empty: bool = False) -> str:
+        """The key of a manifest of snapshot ``name``, of that generation if one is given; "" where that is allowed."""
         value = self.text(field)
-        if not (value == "" and empty) and not re.match(r"manifests/[A-Za-z0-9._=-]+/[0-9]{6,}-[0-9a-f]+\Z", value):
-            raise ManifestError(f"{self.what}.{field} is not the key of a manifest: {value!r}")
+        if value == "" and empty:
+            return value
+        found = _MANIFEST_KEY.match(value)
+        if found is None or found[1] != name or (generation is not None and found[2] != f"{generation:06d}"):
+            raise ManifestError(f"{self.what}.{field} is not the key of such a manifest of {name!r}: {value!r}")
         return value
 
     def count(self, field: str) -> int:
@@ -414,13 +472,14 @@ class _Fields:
 
     def mapping(self, field: str, kind: type) -> dict[str, Any]:
         value: dict[str, Any] = self.take(field, dict)
-        if len(value) > MAX_LEAVES or any(type(item) is not kind for item in value.values()):
+        texts = chain(value, value.values() if kind is str else ())
+        if len(value) > MAX_LEAVES or not set(map(type, value.values())) <= {kind} or not _encodable("".join(texts)):
             raise ManifestError(f"{self.what}.{field} must map names to {kind.__name__} values")
         return value
 
     def texts(self, field: str) -> list[str]:
         value: list[Any] = self.take(field, list)
-        if len(value) > MAX_TEXT or any(type(item) is not str or len(item) > MAX_TEXT for item in value):
+        if len(value) > MAX_TEXT or not _texts(value):
             raise ManifestError(f"{self.what}.{field} must be a list of short texts")
         return value
 
@@ -443,7 +502,9 @@ def _indices(column: list[Any]) -> bool:
 
 
 def _texts(column: list[Any]) -> bool:
-    return not column or (set(map(type, column)) == {str} and max(map(len, column)) <= MAX_TEXT)
+    if not column:
+        return True
+    return set(map(type, column)) == {str} and max(map(len, column)) <= MAX_TEXT and _encodable("".join(column))
 
 
 def _hashes(column: list[Any]) -> bool:
@@ -455,17 +516,27 @@ def _flags(column: list[Any]) -> bool:
 
 
 def _mappings(column: list[Any]) -> bool:
-    return all(type(item) is dict and all(type(value) in (int, str) for value in item.values()) for item in column)
+    return set(map(type, column)) <= {dict} and all(map(_is_parameters, filter(None, column)))
+
+
+def _is_parameters(parameters: dict[str, Any]) -> bool:
+    numbers = [value for value in parameters.values() if type(value) is int]
+    texts = [value for value in parameters.values() if type(value) is not int]
+    return len(parameters) <= MAX_DIMENSIONS and _counts(numbers) and _texts([*parameters, *texts])
 
 
 def _shapes(column: list[Any]) -> bool:
-    return all(type(item) is list and len(item) <= MAX_DIMENSIONS and _counts(item) for item in column)
+    return (
+        set(map(type, column)) <= {list}
+        and max(map(len, column), default=0) <= MAX_DIMENSIONS
+        and _counts(list(chain.from_iterable(column)))
+    )
 
 
 class _Table:
     """How rows of one NamedTuple are stored as columns, with a check per column and a limit on their number."""
 
-    def __init__(self, row: Callable[..., Any], limit: int, checks: Mapping[str, Callable[[list[Any]], bool]]) -> None:
+    def __init__(self, row: type[Any], limit: int, checks: Mapping[str, Callable[[list[Any]], bool]]) -> None:
         self.row = row
         self.limit = limit
         self.checks = checks
@@ -487,7 +558,7 @@ class _Table:
                 raise ManifestError(f"manifest.{what}.{name} holds a value of the wrong type or out of range")
             if check is _shapes:
                 columns[list(self.checks).index(name)] = list(map(tuple, document[name]))
-        return tuple(map(self.row, *columns))
+        return tuple(map(self.row._make, zip(*columns, strict=True)))
 
 
 _TABLES: Mapping[str, _Table] = {
@@ -550,29 +621,42 @@ def _check_segments(manifest: Manifest) -> None:
     if manifest.raw_bytes > MAX_TOTAL_BYTES:
         raise ManifestError(f"the manifest claims {manifest.raw_bytes} bytes, more than the {MAX_TOTAL_BYTES} allowed")
     for index, segment in enumerate(manifest.segments):
-        if not 1 <= segment.item_bytes <= 64:  # noqa: PLR2004  complex256 is 32; nothing is larger
+        if not 1 <= segment.item_bytes <= MAX_ITEM_BYTES:
             raise ManifestError(f"segment {index} has items of {segment.item_bytes} bytes")
+        if segment.kind not in BUFFER_KINDS:
+            raise ManifestError(f"segment {index} is of the unknown kind {segment.kind!r}")
 
 
 def _check_chunks(manifest: Manifest) -> None:
     """Chunks tile the segments: in order, without hole, overlap or rest."""
     segment, position = 0, 0
     for index, chunk in enumerate(manifest.chunks):
-        while segment < len(manifest.segments) and position == manifest.segments[segment].length_bytes:
-            segment, position = segment + 1, 0
+        segment, position = _skip_full(manifest, segment, position)
         if chunk.segment != segment or chunk.offset_bytes != position or segment >= len(manifest.segments):
             raise ManifestError(f"chunk {index} leaves a hole or an overlap in segment {chunk.segment}")
-        if not 0 < chunk.length_bytes <= MAX_CHUNK_BYTES:
-            raise ManifestError(f"chunk {index} has {chunk.length_bytes} bytes: between 1 and {MAX_CHUNK_BYTES} are allowed")
-        if chunk.stored_bytes > chunk.length_bytes + chunk.length_bytes // 8 + MAX_STORED_OVERHEAD_BYTES:
-            raise ManifestError(f"chunk {index} stores {chunk.stored_bytes} bytes for {chunk.length_bytes}")
+        _check_chunk_size(index, chunk)
         position += chunk.length_bytes
         if position > manifest.segments[segment].length_bytes:
             raise ManifestError(f"chunk {index} reaches past the end of segment {segment}")
-    while segment < len(manifest.segments) and position == manifest.segments[segment].length_bytes:
-        segment, position = segment + 1, 0
+    segment, _ = _skip_full(manifest, segment, position)
     if segment != len(manifest.segments):
         raise ManifestError(f"the chunks do not cover segment {segment}")
+    if len({(chunk.blob, chunk.stored_bytes) for chunk in manifest.chunks}) != len({c.blob for c in manifest.chunks}):
+        raise ManifestError("a blob is said to have two lengths")
+
+
+def _skip_full(manifest: Manifest, segment: int, position: int) -> tuple[int, int]:
+    while segment < len(manifest.segments) and position == manifest.segments[segment].length_bytes:
+        segment, position = segment + 1, 0
+    return segment, position
+
+
+def _check_chunk_size(index: int, chunk: Chunk) -> None:
+    if not 0 < chunk.length_bytes <= MAX_CHUNK_BYTES:
+        raise ManifestError(f"chunk {index} has {chunk.length_bytes} bytes: 1 to {MAX_CHUNK_BYTES} are allowed")
+    most_bytes = chunk.length_bytes + chunk.length_bytes // 8 + MAX_STORED_OVERHEAD_BYTES
+    if not 0 < chunk.stored_bytes <= most_bytes:
+        raise ManifestError(f"chunk {index} stores {chunk.stored_bytes} bytes for {chunk.length_bytes}")
 
 
 def _check_extent(manifest: Manifest, what: str, segment: int, offset_bytes: int, length_bytes: int) -> None:
@@ -592,22 +676,34 @@ def _check_buffers(manifest: Manifest) -> None:
 
 
 def _check_leaves(manifest: Manifest) -> None:
-    paths = {leaf.path for leaf in manifest.leaves}
-    if len(paths) != len(manifest.leaves):
+    originals: dict[str, Leaf] = {}
+    if len({leaf.path for leaf in manifest.leaves}) != len(manifest.leaves):
         raise ManifestError("two leaves have the same path")
     for leaf in manifest.leaves:
-        if len(leaf.shape) != len(leaf.strides):
-            raise ManifestError(f"leaf {leaf.path!r} has {len(leaf.shape)} sizes and {len(leaf.strides)} strides")
-        if leaf.same_as and leaf.same_as not in paths:
-            raise ManifestError(f"leaf {leaf.path!r} is the same as {leaf.same_as!r}, which is not there")
-        needed = leaf_extent_bytes(leaf)
-        if leaf.buffer == NO_BUFFER:
-            if needed:
-                raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
-        elif leaf.buffer >= len(manifest.buffers):
-            raise ManifestError(f"leaf {leaf.path!r} names buffer {leaf.buffer}, which is not there")
-        elif leaf.offset_bytes + needed > manifest.buffers[leaf.buffer].length_bytes:
-            raise ManifestError(f"leaf {leaf.path!r} reaches past the end of its buffer")
+        _check_view(leaf, manifest.buffers)
+        if not leaf.same_as:
+            originals[leaf.path] = leaf
+        elif leaf.same_as not in originals:
+            raise ManifestError(f"leaf {leaf.path!r} is the same as {leaf.same_as!r}, which is no leaf before it")
+        elif originals[leaf.same_as]._replace(path=leaf.path, role=leaf.role, same_as=leaf.same_as) != leaf:
+            raise ManifestError(f"leaf {leaf.path!r} is the same as {leaf.same_as!r} and is described otherwise")
+
+
+def _check_view(leaf: Leaf, buffers: Sequence[Buffer]) -> None:
+    if len(leaf.shape) != len(leaf.strides):
+        raise ManifestError(f"leaf {leaf.path!r} has {len(leaf.shape)} sizes and {len(leaf.strides)} strides")
+    if not 1 <= leaf.item_bytes <= MAX_ITEM_BYTES:
+        raise ManifestError(f"leaf {leaf.path!r} has items of {leaf.item_bytes} bytes")
+    if math.prod(filter(None, leaf.shape)) * leaf.item_bytes > MAX_TOTAL_BYTES:
+        raise ManifestError(f"leaf {leaf.path!r} has the impossible shape {leaf.shape}")
+    needed = leaf_extent_bytes(leaf)
+    if leaf.buffer == NO_BUFFER:
+        if needed:
+            raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
+    elif leaf.buffer >= len(buffers):
+        raise ManifestError(f"leaf {leaf.path!r} names buffer {leaf.buffer}, which is not there")
+    elif leaf.offset_bytes + needed > buffers[leaf.buffer].length_bytes:
+        raise ManifestError(f"leaf {leaf.path!r} reaches past the end of its buffer")
 
 
 def leaf_extent_bytes(leaf: Leaf) -> int:
@@ -619,10 +715,36 @@ def leaf_extent_bytes(leaf: Leaf) -> int:
 
 
 def _check_files(manifest: Manifest) -> None:
-    if len({(entry.root, entry.name) for entry in manifest.files}) != len(manifest.files):
+    names = {(entry.root, entry.name) for entry in manifest.files}
+    if len(names) != len(manifest.files):
         raise ManifestError("two files have the same name")
     for entry in manifest.files:
         check_file_name(entry.name)
-        if not re.match(r"[A-Z_a-z0-9]{1,64}\Z", entry.root) or entry.mode & ~0o777:
+        if not _FILE_ROOT.match(entry.root) or entry.mode & ~0o777:
             raise ManifestError(f"file {entry.name!r} has an illegal root or mode")
+        parts = entry.name.split("/")
+        if any((entry.root, "/".join(parts[:count])) in names for count in range(1, len(parts))):
+            raise ManifestError(f"file {entry.name!r} lies below another file")
         _check_extent(manifest, f"file {entry.name!r}", entry.segment, entry.offset_bytes, entry.length_bytes)
+
+
+def _check_apart(manifest: Manifest) -> None:
+    """No two buffers or files share bytes: what shares bytes is leaves of one buffer."""
+    holders: tuple[Buffer | FileEntry, ...] = (*manifest.buffers, *manifest.files)
+    taken = sorted(
+        (holder.segment, holder.offset_bytes, holder.offset_bytes + holder.length_bytes)
+        for holder in holders
+        if holder.length_bytes
+    )
+    for (segment, _, end), (next_segment, begin, _) in pairwise(taken):
+        if segment == next_segment and begin < end:
+            raise ManifestError(f"two buffers or files overlap at byte {begin} of segment {segment}")
+
+
+def _check_pools(manifest: Manifest) -> None:
+    if len({pool.name for pool in manifest.pools}) != len(manifest.pools):
+        raise ManifestError("two pools have the same name")
+    if any(pool.kind not in BUFFER_KINDS for pool in manifest.pools):
+        raise ManifestError("a pool is of an unknown kind")
+    if sum(pool.length_bytes for pool in manifest.pools) > MAX_TOTAL_BYTES:
+        raise ManifestError(f"the manifest's pools have more than the {MAX_TOTAL_BYTES} bytes allowed")

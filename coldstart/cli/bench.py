@@ -1,0 +1,81 @@
+"""``coldstart bench FILE[:NAME]``: what a cold start of this handler costs, in real processes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import UsageError
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from coldstart.bench.report import Report
+
+DEFAULT_TRIALS = 5
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure cold starts in real processes",
+        description="Measure cold starts in real processes: the ordinary way, naive, the first worker, a restored one.",
+    )
+    parser.add_argument(
+        "handler", metavar="FILE[:NAME]", help="the handler file, and the function where it has several"
+    )
+    parser.add_argument(
+        "--input", metavar="JSON", help="the event's input (default: the first warm-up input in the source)"
+    )
+    parser.add_argument("--trials", metavar="N", type=int, default=DEFAULT_TRIALS, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--ordinary",
+        metavar="FILE",
+        help="the same served the ordinary way (default: <stem>_ordinary.py beside the file)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the JSON document instead of the table")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="write <handler>-<machine>.json and .md there (default: ./bench-<handler>.*)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, and write the files. Raises UsageError for arguments that cannot be used."""
+    if arguments.trials < 1:
+        raise UsageError(f"--trials {arguments.trials} must be at least 1")
+    report = _measure(arguments)
+    from coldstart.bench.report import to_json, to_text, write
+
+    print(to_json(report) if arguments.json else to_text(report))
+    for path in write(report, _stem(arguments.output, report)):
+        _say(f"written: {path}")
+    return 0
+
+
+def _measure(arguments: argparse.Namespace) -> Report:
+    from coldstart.bench.machine import describe_machine
+    from coldstart.bench.report import Report
+    from coldstart.bench.rounds import run_rounds
+    from coldstart.bench.summary import summarise
+    from coldstart.bench.target import read_target
+
+    target = read_target(arguments.handler, input_text=arguments.input, ordinary=arguments.ordinary)
+    if target.ordinary is None:
+        _say(f"no {target.file.stem}_ordinary.py beside the file and no --ordinary: the ordinary way is left out")
+    trials = run_rounds(target, trials=arguments.trials, say=_say)
+    return Report(target.label, target.input, describe_machine(), trials, summarise(trials))
+
+
+def _stem(folder: str | None, report: Report) -> Path:
+    from pathlib import Path
+
+    if folder is None:
+        return Path(f"bench-{report.name}")
+    return Path(folder) / f"{report.name}-{report.machine.label}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,160 @@
+"""``coldstart doctor``: what this machine has, what it lacks, and how to get it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.errors import ColdstartError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+
+PACKAGES = (
+    ("blake3", "", "content addresses"),
+    ("numpy", "", "arrays on a CPU"),
+    ("zstandard", "", "compressed chunks"),
+    ("structlog", "", "log lines"),
+    ("pydantic", "", "checked settings"),
+    ("boto3", "s3", "stores at s3:// and r2://"),
+    ("torch", "torch", "states made of torch modules and tensors"),
+    ("tokenizers", "demo", "the demo handler"),
+    ("cupy-cuda12x", "gpu", "states on an NVIDIA GPU"),
+    ("nvidia-nvcomp-cu12", "gpu", "decompression on the GPU"),
+    ("runpod", "runpod", "serving on RunPod"),
+    ("modal", "modal", "serving on Modal"),
+)
+
+
+class Finding(NamedTuple):
+    """One line: ``state`` is ok, note (worth knowing) or problem (something will not work)."""
+
+    topic: str
+    state: str
+    text: str
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("doctor", help="what this machine has, lacks, and how to get it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Look at everything; the exit status is 1 if something will not work."""
+    findings = list(examine())
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.state:8} {finding.topic:16} {finding.text}")
+    return 1 if any(finding.state == "problem" for finding in findings) else 0
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding: platform, settings, device, store, packages."""
+    yield _python()
+    yield from _system()
+    for topic, look in (("settings", _settings), ("device", _device), ("store", _store)):
+        try:
+            yield from look()
+        except ColdstartError as error:
+            yield Finding(topic, "problem", str(error))
+    yield from _packages()
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if not sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)):  # noqa: E713  reads as the sentence it is
+        return Finding("python", "note", f"{version}: tested with 3.11, 3.12 and 3.13")
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return Finding("python", "note", f"{version} free-threaded: untested")
+    return Finding("python", "ok", version)
+
+
+def _system() -> Iterator[Finding]:
+    import os
+
+    from coldstart.metrics import process_start_seconds
+
+    if sys.platform == "linux":
+        yield Finding("system", "ok", f"Linux, {len(os.sched_getaffinity(0))} processors for this process")
+    else:
+        yield Finding("system", "note", f"{sys.platform}: no memfd and no /proc; starts work, times lack the interpreter's own")
+    start = process_start_seconds()
+    yield Finding("process start", "ok", f"from the {start.source}, in steps of {1000 * start.resolution_seconds:.0f} ms")
+
+
+def _settings() -> Iterator[Finding]:
+    from coldstart.config import load, unknown_variables
+
+    load()
+    unknown = unknown_variables()
+    for variable in unknown:
+        yield Finding("settings", "problem", str(variable))
+    if not unknown:
+        yield Finding("settings", "ok", "readable; see coldstart config")
+
+
+def _device() -> Iterator[Finding]:
+    from coldstart.config import load
+    from coldstart.devices import pick
+
+    info = pick(load().device).info()
+    memory = f"{info.free_bytes / 1e9:.1f} of {info.memory_bytes / 1e9:.1f} GB free"
+    yield Finding("device", "ok", f"{info.type}: {info.name}, {memory}")
+
+
+def _store() -> Iterator[Finding]:
+    from coldstart.config import load
+    from coldstart.parts import Opener
+
+    settings = load()
+    if not settings.has_store:
+        yield Finding("store", "note", "off: every start runs load")
+        return
+    store = Opener(settings)().store
+    yield from _probe(store.url, store)
+
+
+def _probe(url: str, store: Any) -> Iterator[Finding]:
+    """Try what a worker needs of the store, with one small object that is deleted again."""
+    import os
+
+    from coldstart.errors import ConditionFailedError
+
+    key = f"probes/{os.urandom(8).hex()}"
+    etag = store.put(key, b"coldstart doctor", if_absent=True)
+    try:
+        yield Finding("store", "ok", f"{url}: writable, readable")
+        create = _refuses(lambda: store.put(key, b"again", if_absent=True), ConditionFailedError)
+        swap = _refuses(lambda: store.put(key, b"again", if_match=etag[::-1] + "0"), ConditionFailedError)
+        part = bytearray(4)
+        store.read_into(key, memoryview(part), offset_bytes=5)
+        for name, holds in (("create-if-absent", create), ("compare-and-swap", swap), ("ranges", len(part) == 4)):  # noqa: PLR2004
+            state = "ok" if holds else "note"
+            yield Finding("store", state, f"{name}: {'enforced' if holds else 'NOT enforced: two writers may undo each other'}")
+    finally:
+        store.delete(key)
+
+
+def _refuses(attempt: Callable[[], Any], error: type[Exception]) -> bool:
+    try:
+        attempt()
+    except error:
+        return True
+    return False
+
+
+def _packages() -> Iterator[Finding]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name, extra, purpose in PACKAGES:
+        try:
+            yield Finding(name, "ok", f"{version(name)}  ({purpose})")
+        except PackageNotFoundError:
+            how = f'pip install "coldstart-gpu[{extra}]"' if extra else "pip install coldstart-gpu"
+            yield Finding(name, "note" if extra else "problem", f"not installed; {purpose} need it: {how}")

@@ -1,0 +1,143 @@
+"""``coldstart run FILE[:NAME] --input JSON``: one start, one event, and the timeline on the screen.
+
+The order matters: the restore begins from the file's source, then the file is imported in its shadow.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.errors import EventError, UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from coldstart.resnapshot import Outcome
+    from coldstart.worker import Worker
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("run", help="one start, one event, the timeline on the screen")
+    parser.add_argument("target", metavar="FILE[:NAME]", help="the handler's file, and its name if there are several")
+    parser.add_argument("--input", metavar="JSON", help="the event's input (default: the first warm-up input)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument("--fresh", action="store_true", help="ignore snapshots, run load and make a new snapshot")
+    parser.add_argument("--repeat", type=int, default=0, metavar="N", help="answer the event N more times, warm")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for a snapshot that is being made")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Start the handler, answer one event, report."""
+    from coldstart.config import set_variables
+
+    if options.fresh:
+        set_variables({"COLDSTART_FRESH": "on"})
+    worker, answers = _start_and_answer(options)
+    document = _document(worker, answers)
+    if options.json:
+        print(json.dumps(document, default=_as_json))
+    else:
+        from coldstart.cli.timeline import report
+
+        print(json.dumps(answers.first, default=_as_json))
+        print(report(document), file=sys.stderr)
+    return 0
+
+
+class _Answers(NamedTuple):
+    """The answers to the event: the first and when it was there, how long the others took, whether they were equal."""
+
+    first: Any
+    first_monotonic_seconds: float
+    warm_seconds: list[float]
+    equal: bool
+    outcomes: list[Outcome]
+
+
+def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
+    from coldstart.loading import choose_handler, import_file, parse_target, prepare_path
+    from coldstart.worker import begin_early, enter_serving, worker_for
+
+    target = parse_target(options.target)
+    prepare_path(target.path)
+    enter_serving()
+    begin_early(target.path, target.name)
+    began = time.monotonic()
+    module = import_file(target.path)
+    imported = time.monotonic()
+    handler = choose_handler(module, target)
+    worker = worker_for(handler.__coldstart__)
+    worker.note_import(began, imported)
+    worker.begin()
+    event = {"id": "run-0", "input": _input(options, worker)}
+    return worker, _answer(handler, worker, event, options)
+
+
+def _input(options: argparse.Namespace, worker: Worker) -> Any:
+    if options.input is None:
+        inputs = worker.definition.warmup.inputs
+        if not inputs:
+            raise UsageError(f"give the event's input: coldstart run {options.target} --input '{{...}}'")
+        return inputs[0]
+    try:
+        return json.loads(options.input)
+    except ValueError as error:
+        raise EventError(f"--input is not JSON: {error}") from error
+
+
+def _answer(handler: Any, worker: Worker, event: Any, options: argparse.Namespace) -> _Answers:
+    """Answer through the handler itself, as a platform would; the time of the first answer is taken at its end."""
+    from coldstart.adapters.local import answer_one, on_one_loop
+
+    def all_answers() -> _Answers:
+        first = answer_one(handler, event)
+        answered = time.monotonic()
+        seconds, equal = [], True
+        for _ in range(options.repeat):
+            began = time.perf_counter()
+            again = answer_one(handler, event)
+            seconds.append(time.perf_counter() - began)
+            equal = equal and repr(again) == repr(first)
+        outcomes = worker.capture_outcomes(0.0 if options.no_wait else _capture_wait_seconds())
+        return _Answers(first, answered, seconds, equal, outcomes)
+
+    answers: _Answers = on_one_loop(worker, all_answers)
+    return answers
+
+
+def _capture_wait_seconds() -> float:
+    from coldstart.config import load
+
+    return load().capture_wait_seconds
+
+
+def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
+    offset = worker.timeline.clock() - time.monotonic()
+    nothing = {"published": False, "reason": worker.capture_reason}
+    return {
+        "output": answers.first,
+        "answers_equal": answers.equal,
+        "first_answer_monotonic_seconds": answers.first_monotonic_seconds,
+        "first_answer_seconds": round(answers.first_monotonic_seconds + offset, 6),
+        "start": worker.record,
+        "warm_seconds": answers.warm_seconds,
+        "capture": answers.outcomes[0]._asdict() if answers.outcomes else nothing,
+        "metrics": worker.metrics.to_dict(),
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """What a handler may return beyond JSON, as people can read it."""
+    for method in ("tolist", "_asdict", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return repr(value)
+
+

@@ -1,0 +1,159 @@
+"""``coldstart snapshot list | show | verify | delete``: what is in the store."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, UsageError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from coldstart.manifest import Manifest, Ref
+    from coldstart.repository import Repository
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("snapshot", help="list, show, verify or delete snapshots")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, text, action in (
+        ("list", "every snapshot with its current generation", _list),
+        ("show", "one snapshot: its buffers, files, chunks, key", _show),
+        ("verify", "read, hash and decode every chunk", _verify),
+        ("delete", "delete a snapshot; its blobs are left to the collector", _delete),
+    ):
+        one = actions.add_parser(name, help=text)
+        if name != "list":
+            one.add_argument("name", metavar="NAME", help="the snapshot's name")
+            one.add_argument("--key", help="only this key (or its first digits); default: the newest, for delete all")
+        if name == "delete":
+            one.add_argument("--yes", action="store_true", help="do not ask")
+        one.add_argument("--json", action="store_true", help="print JSON")
+        one.add_argument("--store", metavar="URL", help="the store (default: COLDSTART_STORE)")
+        one.set_defaults(run=run, act=action)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Open the store and act."""
+    from coldstart.config import load
+    from coldstart.parts import Opener
+
+    settings = load(store=options.store)
+    if not settings.has_store:
+        raise ConfigError("COLDSTART_STORE=off: there is no store to look into; name one with --store URL")
+    status: int = options.act(options, Opener(settings)())
+    return status
+
+
+def _list(options: argparse.Namespace, repository: Repository) -> int:
+    rows = []
+    for key, ref in repository.refs():
+        if isinstance(ref, ManifestError):
+            rows.append({"ref": key, "error": str(ref)})
+            continue
+        row: dict[str, Any] = {"name": ref.name, "key": ref.key.digest, "generation": ref.generation}
+        row["updated"] = _time(ref.updated_seconds)
+        try:
+            manifest = repository.manifest(ref.manifest, name=ref.name)
+            row |= {"rung": manifest.rung, "device": manifest.device_type}
+            row |= {"raw_bytes": manifest.raw_bytes, "stored_bytes": manifest.stored_bytes}
+        except (ManifestError, ObjectMissingError) as error:
+            row["error"] = str(error)
+        rows.append(row)
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    if not rows:
+        print(f"no snapshots in {repository.store.url}")
+    for row in rows:
+        print("  ".join(f"{name}={value}" for name, value in row.items()))
+    return 0
+
+
+def _chosen(options: argparse.Namespace, repository: Repository) -> Ref:
+    found = [ref for _, ref in repository.refs(options.name) if not isinstance(ref, ManifestError)]
+    if options.key:
+        found = [ref for ref in found if ref.key.digest.startswith(options.key)]
+    if not found:
+        raise UsageError(
+            f"no snapshot {options.name!r}{' with that key' if options.key else ''} in {repository.store.url};"
+            " see coldstart snapshot list"
+        )
+    return max(found, key=lambda ref: ref.updated_seconds)
+
+
+def _show(options: argparse.Namespace, repository: Repository) -> int:
+    ref = _chosen(options, repository)
+    manifest = repository.manifest(ref.manifest, name=ref.name)
+    document = _described(manifest, ref)
+    if options.json:
+        document["leaves"] = [leaf._asdict() for leaf in manifest.leaves]
+        document["files"] = [entry._asdict() for entry in manifest.files]
+        document["chunks"] = [chunk._asdict() for chunk in manifest.chunks]
+        print(json.dumps(document))
+        return 0
+    for name, value in document.items():
+        print(f"{name:14} {value}")
+    for leaf in manifest.leaves:
+        print(f"  {leaf.path}  {leaf.dtype}{list(leaf.shape)}{'  = ' + leaf.same_as if leaf.same_as else ''}")
+    for entry in manifest.files:
+        print(f"  {entry.root}/{entry.name}  {entry.length_bytes} bytes")
+    return 0
+
+
+def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
+    codecs: dict[str, int] = {}
+    for chunk in manifest.chunks:
+        codecs[chunk.codec] = codecs.get(chunk.codec, 0) + 1
+    return {
+        "name": manifest.name,
+        "generation": manifest.generation,
+        "previous": ref.previous_generation or None,
+        "created": _time(manifest.created_seconds),
+        "rung": manifest.rung,
+        "device": manifest.device_type,
+        "key": manifest.key.digest,
+        "depends on": ", ".join(sorted(manifest.key.parts)),
+        "raw bytes": manifest.raw_bytes,
+        "stored bytes": manifest.stored_bytes,
+        "buffers": len(manifest.buffers),
+        "chunks": ", ".join(f"{count} {codec}" for codec, count in sorted(codecs.items())),
+        "made with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.provenance.items())),
+    }
+
+
+def _verify(options: argparse.Namespace, repository: Repository) -> int:
+    from coldstart.verify import verify
+
+    ref = _chosen(options, repository)
+    manifest = repository.manifest(ref.manifest, name=ref.name)
+    findings = [finding._asdict() for finding in verify(manifest, repository.store)]
+    if options.json:
+        print(json.dumps({"name": ref.name, "generation": ref.generation, "findings": findings}))
+    else:
+        for finding in findings:
+            print(f"chunk {finding['chunk']} ({finding['blob'][:12]}): {finding['problem']}")
+        good = len(manifest.chunks) - len(findings)
+        print(f"{ref.name} generation {ref.generation}: {good} of {len(manifest.chunks)} chunks are right")
+    return 1 if findings else 0
+
+
+def _delete(options: argparse.Namespace, repository: Repository) -> int:
+    digest = _chosen(options, repository).key.digest if options.key else None
+    if not options.yes:
+        what = f"key {digest} of " if digest else ""
+        answer = input(f"delete {what}snapshot {options.name!r} in {repository.store.url}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            return 1
+    deleted = repository.delete(options.name, digest)
+    if not deleted:
+        raise UsageError(f"no snapshot {options.name!r} in {repository.store.url}; see coldstart snapshot list")
+    print(json.dumps(deleted) if options.json else f"deleted {len(deleted)} objects of {options.name!r}")
+    return 0
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

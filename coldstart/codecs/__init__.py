@@ -1,0 +1,88 @@
+"""Codecs by the name that a manifest gives them, and the choice of one for a segment.
+
+A codec's module is imported when a chunk first needs it, so a snapshot of raw chunks costs no import.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from coldstart.errors import CodecError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coldstart.codecs.base import Codec
+
+_CODECS = {"raw": ("coldstart.codecs.raw", "RawCodec"), "zstd": ("coldstart.codecs.zstd", "ZstdCodec")}
+NAMES = tuple(_CODECS)
+"""Every codec of this coldstart, as manifests name them."""
+
+_LEVELLED = ("zstd",)
+"""Codecs that take a ``level``."""
+
+_AUTOMATIC = ("zstd",)
+"""What ``auto`` tries on a sample; ``raw`` needs no trying."""
+
+_SAMPLE_BYTES = 4 << 20
+_SAMPLE_SLICES = 8
+_LARGEST_WORTHWHILE_PART = 0.95
+"""Stored over raw bytes above which decoding costs a start more than the saved bytes do."""
+
+
+@cache
+def codec(codec_id: str) -> Codec:
+    """Return the codec of this name, one instance for all threads. Raises CodecError if unknown or not installed."""
+    return _make(codec_id)
+
+
+@cache
+def encoder(codec_id: str, *, level: int) -> Codec:
+    """Return the codec of this name for writing at ``level``, where it has levels. Raises CodecError like ``codec``."""
+    return _make(codec_id, level=level) if codec_id in _LEVELLED else codec(codec_id)
+
+
+def _make(codec_id: str, **options: int) -> Codec:
+    if codec_id not in _CODECS:
+        raise CodecError(
+            f"unknown codec {codec_id[:80]!r}: this coldstart knows {', '.join(NAMES)}; "
+            "was the snapshot written by a newer coldstart?"
+        )
+    module, name = _CODECS[codec_id]
+    made: Codec = getattr(import_module(module), name)(**options)
+    return made
+
+
+def choose(sample: memoryview, *, item_bytes: int, setting: str) -> str:
+    """Return the id of the codec for a segment that ``sample`` is typical of (it may be the whole segment).
+
+    ``setting`` is ``auto`` or a codec's id. For ``auto`` a few slices spread over the sample, 4 MiB at most, are
+    encoded: what saves less than 5 % is stored raw. Raises ConfigError for any other setting, CodecError where the
+    codec asked for is not installed.
+    """
+    if setting == "auto":
+        return _choose_by_sample(_spread(sample), item_bytes)
+    if setting not in _CODECS:
+        raise ConfigError(f"the codec setting is {setting!r}: use auto, {' or '.join(NAMES)}")
+    return codec(setting).id
+
+
+def _choose_by_sample(slices: Sequence[memoryview], item_bytes: int) -> str:
+    best, best_bytes = "raw", _LARGEST_WORTHWHILE_PART * sum(map(len, slices))
+    for candidate in _AUTOMATIC:
+        stored_bytes = sum(len(codec(candidate).encode(raw, item_bytes=item_bytes)[0]) for raw in slices)
+        if stored_bytes < best_bytes:
+            best, best_bytes = candidate, stored_bytes
+    return best
+
+
+def _spread(sample: memoryview) -> list[memoryview]:
+    """Slices from the whole length of ``sample``: its first bytes alone may be an embedding of mostly unused rows."""
+    if len(sample) <= _SAMPLE_BYTES:
+        return [sample] if len(sample) else []
+    length_bytes = _SAMPLE_BYTES // _SAMPLE_SLICES
+    step_bytes = (len(sample) - length_bytes) // (_SAMPLE_SLICES - 1)
+    starts = (index * step_bytes // 64 * 64 for index in range(_SAMPLE_SLICES))  # on an item, whatever its size
+    return [sample[start : start + length_bytes] for start in starts]

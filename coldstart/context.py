@@ -1,0 +1,156 @@
+"""``ctx``: what ``load``, ``build``, ``compile`` and ``init`` are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.caches import KEPT, FileSource, folder_files
+from coldstart.config import read_variable
+from coldstart.errors import HandlerError, UndeclaredNameError
+from coldstart.manifest import check_file_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+
+class Declared(NamedTuple):
+    """The variables that a handler declares."""
+
+    env: tuple[str, ...]
+    secrets: tuple[str, ...]
+
+
+class Files(dict[str, str]):
+    """Name -> path of the snapshot's files; a missing name says which there are."""
+
+    def __missing__(self, name: str) -> str:
+        known = ", ".join(sorted(self)) or "none"
+        raise HandlerError(
+            f"ctx.files has no {name!r} (there: {known}); keep it in load with ctx.keep(path, name={name!r})"
+        )
+
+
+class Context:
+    """What a user's hooks see of the start they run in.
+
+    ``device``: ``cpu`` or ``cuda``. ``kind``: the start's kind so far (``restored``, ``cold``, ``fallback``).
+    ``files``: name -> path of the files that were kept, in every start. ``log(message, **fields)`` publishes a line to the
+    subscribers. ``phase(name)`` is a context manager that puts a named span of your own on the timeline.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        declared: Declared,
+        span: Callable[[str], AbstractContextManager[Any]],
+        log: Callable[[str, Mapping[str, Any]], None],
+        scratch: Path,
+    ) -> None:
+        self.device = device
+        self.kind = "cold"
+        self.files = Files()
+        self.kept: list[FileSource] = []
+        self._declared = declared
+        self._kept_folder: Path | None = None
+        self._span = span
+        self._log = log
+        self._scratch = scratch
+
+    def use_restored(self, folder: Path, names: tuple[str, ...]) -> None:
+        """Let ``files`` and ``keep`` find the files that a restore put below ``folder``."""
+        self._kept_folder = folder / KEPT
+        self.kept += [FileSource(KEPT, name, str(self._kept_folder / name)) for name in names]
+        self.files.update({name: str(self._kept_folder / name) for name in names})
+
+    def keep(self, path: str | Path, *, name: str | None = None) -> Path:
+        """Keep a file or a folder in the snapshot, and return where it is in this start.
+
+        Call it in ``load``: the first start returns ``path`` itself, a start from a snapshot the restored copy. ``name``
+        (default: the last part of the path) is its key in ``ctx.files``; files of a folder are at ``name/...``.
+        Raises HandlerError when nothing is there.
+        """
+        source = Path(path)
+        label = check_file_name(name or source.name)
+        if self._kept_folder is not None and (self._kept_folder / label).exists():
+            return self._kept_folder / label
+        if source.is_dir():
+            found = [
+                FileSource(KEPT, f"{label}/{Path(item.path).relative_to(source).as_posix()}", item.path)
+                for item in folder_files(KEPT, source, source)
+            ]
+        elif source.is_file():
+            found = [FileSource(KEPT, label, str(source))]
+        else:
+            raise HandlerError(f"ctx.keep({str(path)!r}): no file or folder is there")
+        self.kept += [item for item in found if item not in self.kept]
+        self.files.update({item.name: item.path for item in found})
+        return source
+
+    def download(self, url: str, *, name: str | None = None, blake3: str = "") -> Path:
+        """Fetch ``url`` (https, or http to this machine) once ever and keep it; later starts get the restored copy.
+
+        ``blake3``: the expected hash in hex; bytes that differ raise HandlerError.
+        """
+        label = check_file_name(name or url.rsplit("/", 1)[-1].split("?", 1)[0])
+        if self._kept_folder is not None and (self._kept_folder / label).exists():
+            return self._kept_folder / label
+        target = self._scratch / label
+        _download(url, target, blake3)
+        return self.keep(target, name=label)
+
+    def meta(self) -> AbstractContextManager[None]:
+        """While it is entered, parameters of torch modules are made without bytes (buffers are real). For ``build``."""
+        from coldstart.frameworks import meta
+
+        return meta()
+
+    def env(self, name: str, default: str | None = None) -> str | None:
+        """A declared variable of the environment. Raises UndeclaredNameError for a name not in ``env=``."""
+        if name not in self._declared.env:
+            raise UndeclaredNameError(
+                f"ctx.env({name!r}): not declared; write @coldstart(..., env=[{name!r}]), so that its value belongs to the snapshot's key"
+            )
+        value = read_variable(name)
+        return default if value is None else value
+
+    def secret(self, name: str) -> str:
+        """A declared secret. Raises UndeclaredNameError for a name not in ``secrets=``, HandlerError when it is not set."""
+        if name not in self._declared.secrets:
+            raise UndeclaredNameError(f"ctx.secret({name!r}): not declared; write @coldstart(..., secrets=[{name!r}])")
+        value = read_variable(name)
+        if value is None:
+            raise HandlerError(f"the secret {name} is not set in this worker's environment")
+        return value
+
+    def log(self, message: str, **fields: Any) -> None:
+        """Publish a line of your own to the subscribers (and so to the log)."""
+        self._log(message, fields)
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Time a step of your own: it appears on the timeline under ``name``."""
+        return self._span(name)
+
+
+def _download(url: str, target: Path, expected_blake3: str) -> None:
+    import shutil
+    import urllib.error
+    import urllib.request
+
+    from blake3 import blake3
+
+    local = url.startswith(("http://127.0.0.1", "http://localhost", "http://[::1]"))
+    if not (url.startswith("https://") or local):
+        raise HandlerError(f"ctx.download({url!r}): only https is fetched")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(target.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, draft.open("wb") as file:  # noqa: S310  scheme checked above
+            shutil.copyfileobj(answer, file, 1 << 20)
+    except (urllib.error.URLError, TimeoutError, OSError) as error:
+        raise HandlerError(f"ctx.download({url!r}) failed: {error}") from error
+    if expected_blake3 and blake3().update_mmap(draft).hexdigest() != expected_blake3:
+        raise HandlerError(f"ctx.download({url!r}): the bytes are not those of blake3={expected_blake3!r}")
+    draft.rename(target)

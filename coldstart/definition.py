@@ -1,0 +1,344 @@
+"""What a decorator was given: checked, as plain data. The values that users pass, ``Warmup`` and ``Policy``, are here too.
+
+This module is on the path of ``from coldstart import coldstart``, so it imports nothing, not even ``typing``: annotations
+are text, and kinds of functions are told by their code flags.
+"""
+
+from __future__ import annotations
+
+from coldstart.errors import HandlerError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from coldstart.worker import Worker
+
+_GENERATOR, _COROUTINE, _ASYNC_GENERATOR, _VARARGS = 0x20, 0x80, 0x200, 0x04  # inspect.CO_* flags
+KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
+PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_inference")
+_HOOKS = ("load", "build", "compile", "init", "close")
+CLASS_METHODS = (*_HOOKS, "handle")
+
+
+class _Frozen:
+    """A small value: attributes set once, equality and repr by them. (A dataclass would cost 23 ms at import.)"""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__} cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and all(getattr(self, n) == getattr(other, n) for n in self.__slots__)
+
+    def __hash__(self) -> int:
+        return hash(tuple(repr(getattr(self, name)) for name in self.__slots__))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+
+
+class Warmup(_Frozen):
+    """How a worker warms up: inputs that go through the real handler before the first event.
+
+    ``inputs`` become events ``{"id": "warmup-N", "input": ...}``, run ``iterations`` times over. Phases named in
+    ``skip`` are left out. A phase that takes longer than ``target_seconds`` is reported; after ``maximum_seconds`` no further
+    iteration is begun.
+    """
+
+    __slots__ = ("inputs", "iterations", "maximum_seconds", "skip", "target_seconds")
+    inputs: tuple[Any, ...]
+    iterations: int
+    skip: tuple[str, ...]
+    target_seconds: float
+    maximum_seconds: float
+
+    def __init__(
+        self,
+        inputs: Sequence[Any] = (),
+        *,
+        iterations: int = 1,
+        skip: Sequence[str] = (),
+        target_seconds: float = 30.0,
+        maximum_seconds: float = 300.0,
+    ) -> None:
+        if isinstance(inputs, (str, bytes)) or not hasattr(inputs, "__iter__"):
+            raise HandlerError("warmup= takes a list of inputs, such as [{'texts': ['a']}], or a Warmup(...)")
+        if iterations < 1:
+            raise HandlerError(f"Warmup(iterations={iterations}) must be at least 1")
+        unknown = [phase for phase in skip if phase not in PHASES]
+        if unknown or "weight_load" in skip:
+            raise HandlerError(f"Warmup(skip={list(skip)}) may name {', '.join(PHASES[1:])}")
+        _set(self, inputs=tuple(inputs), iterations=iterations, skip=tuple(skip))
+        _set(self, target_seconds=target_seconds, maximum_seconds=maximum_seconds)
+
+
+class Policy(_Frozen):
+    """When a worker makes a new generation although one is there for its key. 0 switches a condition off.
+
+    ``after_events``: once this many events were served since the last one. ``interval_seconds``: this long after
+    the last one. ``maximum_age_seconds``: when the generation it started from is older. The default: never.
+    """
+
+    __slots__ = ("after_events", "interval_seconds", "maximum_age_seconds")
+    after_events: int
+    interval_seconds: float
+    maximum_age_seconds: float
+
+    def __init__(
+        self, *, after_events: int = 0, interval_seconds: float = 0.0, maximum_age_seconds: float = 0.0
+    ) -> None:
+        if min(after_events, interval_seconds, maximum_age_seconds) < 0:
+            raise HandlerError("Policy(...) takes counts and seconds of 0 or more")
+        _set(self, after_events=after_events, interval_seconds=interval_seconds)
+        _set(self, maximum_age_seconds=maximum_age_seconds)
+
+
+def _set(target: object, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
+
+
+class Definition:
+    """All that a decorator was given, checked. Plain data; the worker that serves it hangs on it once it is ready."""
+
+    __slots__ = (
+        "build",
+        "close",
+        "compile",
+        "concurrency",
+        "env",
+        "files",
+        "function",
+        "init",
+        "kind",
+        "kinds",
+        "load",
+        "name",
+        "owner",
+        "policy",
+        "ready_worker",
+        "secrets",
+        "version",
+        "warmup",
+    )
+    name: str
+    function: Callable[..., Any]
+    """The user's ``handler(event, model)``; in class form ``handle(self, event)`` behind the same two arguments."""
+    kind: str
+    """``sync``, ``async``, ``generator`` or ``async_generator``."""
+    owner: type | None
+    """The class, in class form."""
+    load: Mapping[str, Callable[..., Any]]
+    """Part name -> loader; the one part of an undivided state is named ""."""
+    build: Mapping[str, Callable[..., Any]]
+    compile: Callable[..., Any] | None
+    init: Callable[..., Any] | None
+    close: Callable[..., Any] | None
+    warmup: Warmup
+    files: Mapping[str, str]
+    env: tuple[str, ...]
+    secrets: tuple[str, ...]
+    kinds: Mapping[str, str]
+    version: str | None
+    concurrency: int
+    policy: Policy
+    ready_worker: Worker | None
+
+    @property
+    def code(self) -> Any:
+        """The code object of the user's function: where it is defined, and what it takes."""
+        return code_of(self.function)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _checked_name(name: Any) -> str:
+    if callable(name):
+        raise HandlerError("@coldstart needs a name: write @coldstart('my-model', load=...)")
+    plain = name.replace("-", "").replace("_", "").replace(".", "") if isinstance(name, str) else ""
+    if not (plain.isalnum() and plain.isascii() and name[0].isalnum() and len(name) <= 100):  # noqa: PLR2004
+        raise HandlerError(
+            f"{name!r} cannot name a handler: use letters, digits, '.', '_' and '-', at most 100 of them"
+        )
+    return str(name)
+
+
+def _checked_names(names: Any, what: str) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise HandlerError(f"{what}= takes a list of variable names, such as {what}=['MODEL_ID']")
+    return tuple(names)
+
+
+def _checked_files(files: Any) -> Mapping[str, str]:
+    if not hasattr(files, "items"):
+        raise HandlerError(
+            "files= takes a mapping of name -> path, such as {'tokenizer.json': 'assets/tokenizer.json'}"
+        )
+    return {str(name): str(path) for name, path in files.items()}
+
+
+def _check_options(definition: Definition) -> None:
+    both = set(definition.env) & set(definition.secrets)
+    if both:
+        raise HandlerError(
+            f"{', '.join(sorted(both))} in both env= and secrets=: a secret never enters a key, so choose one"
+        )
+    if definition.version == "" or not isinstance(definition.version, (str, type(None))):
+        raise HandlerError(f"version={definition.version!r} must be a text that is not empty")
+    if type(definition.concurrency) is not int or definition.concurrency < 1:
+        raise HandlerError(f"concurrency={definition.concurrency!r} must be a whole number of at least 1")
+    wrong = sorted(set(definition.kinds.values()) - set(KINDS))
+    if wrong:
+        raise HandlerError(f"kinds= maps path prefixes to one of {', '.join(KINDS)}, not {', '.join(map(repr, wrong))}")
+    if not isinstance(definition.policy, Policy):
+        raise HandlerError("policy= takes a coldstart.Policy(...)")
+
+
+def code_of(function: Any) -> Any:
+    """The code object of a Python function or method, None for anything else."""
+    return getattr(getattr(function, "__func__", function), "__code__", None)
+
+
+def _check_takes(function: Any, what: str, least: int, most: int, signature: str) -> None:
+    """Check that ``function`` can be called with ``least`` to ``most`` positional arguments (nothing to see: let it be)."""
+    if not callable(function):
+        raise HandlerError(f"{what}= must be a function {signature}, not {function!r}")
+    code = code_of(function)
+    if code is None:
+        return
+    taken = code.co_argcount - (1 if hasattr(function, "__self__") else 0)
+    required = taken - len(getattr(function, "__defaults__", None) or ())
+    if required > most or (taken < least and not code.co_flags & _VARARGS):
+        raise HandlerError(f"{what} {code.co_name!r} takes {taken} argument(s); it must be {signature}")
+
+
+def accepts(function: Any, count: int) -> bool:
+    """Whether a user's hook takes at least ``count`` positional arguments; what cannot be seen is taken to."""
+    code = code_of(function)
+    if code is None or code.co_flags & _VARARGS:
+        return True
+    return bool(code.co_argcount - (1 if hasattr(function, "__self__") else 0) >= count)
+
+
+def _parts(value: Any, what: str) -> Mapping[str, Callable[..., Any]]:
+    parts = dict(value) if hasattr(value, "items") else {"": value}
+    for name, function in parts.items():
+        if name:
+            _checked_name(name)
+        _check_takes(function, what, 0, 1, f"{what}(ctx) or {what}()")
+    if not parts:
+        raise HandlerError(f"{what}= is an empty mapping")
+    return parts
+
+
+# --- what is decorated ---------------------------------------------------------------------------------------------------
+
+
+def define(name: Any, target: Any, options: Mapping[str, Any]) -> Definition:
+    """Check what ``@coldstart(name, **options)`` was given above ``target`` and make its Definition. Raises HandlerError."""
+    definition = Definition()
+    warmup = options["warmup"]
+    definition.name = _checked_name(name)
+    definition.warmup = warmup if isinstance(warmup, Warmup) else Warmup(warmup)
+    definition.files = _checked_files(options["files"] or {})
+    definition.env, definition.secrets = (
+        _checked_names(options["env"], "env"),
+        _checked_names(options["secrets"], "secrets"),
+    )
+    definition.kinds = dict(options["kinds"] or {})
+    definition.version = options["version"]
+    definition.concurrency = options["concurrency"]
+    definition.policy = options["policy"] or Policy()
+    definition.ready_worker = None
+    _check_options(definition)
+    if isinstance(target, type):
+        _define_class(definition, target, options)
+    else:
+        _define_function(definition, target, options)
+    return definition
+
+
+def _define_function(definition: Definition, function: Any, options: Mapping[str, Any]) -> None:
+    if type(function).__name__ != "function":
+        raise HandlerError(
+            f"@coldstart decorates a function or a class, not {type(function).__name__} {function!r}; put it directly above"
+            " the def, below decorators of platforms"
+        )
+    if function.__code__.co_argcount < 2 and not function.__code__.co_flags & _VARARGS:  # noqa: PLR2004
+        raise HandlerError(
+            f"handler {function.__name__!r} has no second parameter: write def {function.__name__}(event, model), where model"
+            " is what init (or load) returned"
+        )
+    if options["load"] is None:
+        raise HandlerError(f"@coldstart({definition.name!r}) needs load=: the function that makes the state")
+    definition.owner = None
+    definition.function = function
+    definition.kind = kind_of_code(function.__code__)
+    definition.load = _parts(options["load"], "load")
+    definition.build = {} if options["build"] is None else _parts(options["build"], "build")
+    if set(definition.build) - set(definition.load):
+        raise HandlerError(
+            f"build= has parts {sorted(definition.build)} and load= has {sorted(definition.load)}: give both the same names"
+        )
+    for what, signature in (
+        ("compile", "compile(ctx, state)"),
+        ("init", "init(ctx, state)"),
+        ("close", "close(model)"),
+    ):
+        hook = options[what]
+        if hook is not None:
+            count = signature.count(",") + 1
+            _check_takes(hook, what, count, count, signature)
+        setattr(definition, what, hook)
+
+
+def _define_class(definition: Definition, owner: type, options: Mapping[str, Any]) -> None:
+    given = sorted(name for name in _HOOKS if options[name] is not None)
+    if given:
+        raise HandlerError(
+            f"class {owner.__name__} has methods for {', '.join(given)}: do not pass them to @coldstart as well"
+        )
+    if owner.__init__ is not object.__init__:  # type: ignore[misc]  # asking for identity is sound
+        raise HandlerError(
+            f"class {owner.__name__} has an __init__: move it into load(self, ctx), which runs once ever"
+        )
+    methods = {name: _method(owner, name) for name in CLASS_METHODS}
+    if methods["load"] is None or methods["handle"] is None:
+        raise HandlerError(f"class {owner.__name__} needs the methods load(self, ctx) and handle(self, event)")
+    handle = methods["handle"]
+    _check_takes(handle, "handle", 2, 2, "handle(self, event)")
+    definition.owner = owner
+    definition.kind = kind_of_code(handle.__code__)
+    definition.function = handle
+    definition.load = {"": methods["load"]}
+    definition.build = {} if methods["build"] is None else {"": methods["build"]}
+    definition.compile, definition.init, definition.close = methods["compile"], methods["init"], methods["close"]
+
+
+def _method(owner: type, name: str) -> Any:
+    method = getattr(owner, name, None)
+    if method is not None and type(method).__name__ != "function":
+        raise HandlerError(f"{owner.__name__}.{name} must be an ordinary method")
+    return method
+
+
+def kind_of_code(code: Any) -> str:
+    """``sync``, ``async``, ``generator`` or ``async_generator``, by the flags of a code object."""
+    flags = code.co_flags
+    if flags & _ASYNC_GENERATOR:
+        return "async_generator"
+    if flags & _COROUTINE:
+        return "async"
+    return "generator" if flags & _GENERATOR else "sync"
+
+
+def definition_of(handler: Any) -> Definition:
+    """What ``handler`` was decorated with. Raises HandlerError for anything that is not a decorated handler."""
+    definition = getattr(handler, "__coldstart__", None)
+    if not isinstance(definition, Definition):
+        raise HandlerError(f"{handler!r} is not decorated with @coldstart(...)")
+    return definition

@@ -1,0 +1,99 @@
+"""``ctx.meta()``: modules made without the bytes of their parameters."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+
+class _Active(threading.local):
+    """How deep in ``with`` blocks a thread is, and what they moved: id of a parameter -> it (weakly), its twin."""
+
+    depth = 0
+    moved: dict[int, tuple[weakref.ref[Any], Any]]
+
+
+class _Patch:
+    """torch.nn.Module.register_parameter as it was, while any thread is inside a block."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.blocks = 0
+        self.original: Callable[..., None] | None = None
+
+
+_active = _Active()
+_patch = _Patch()
+
+
+class meta:  # noqa: N801  reads as a function: with meta(): ...
+    """Context manager: parameters that modules register are moved to the meta device, where initialising costs nothing.
+
+    Only parameters: buffers stay real, because many are computed once and are part of what ``build`` makes. A parameter
+    that is registered twice stays one object. It works by replacing ``torch.nn.Module.register_parameter`` while a
+    block is open; other threads keep getting real parameters. Blocks nest. Each parameter is still allocated for a
+    moment, but not written. Subclasses of Parameter stay real.
+
+    Raises UsageError where torch is not installed.
+    """
+
+    def __enter__(self) -> None:
+        torch = _torch()
+        with _patch.lock:
+            _patch.blocks += 1
+            if _patch.blocks == 1:
+                _patch.original = torch.nn.Module.register_parameter
+                torch.nn.Module.register_parameter = _registering(_patch.original)
+        if not _active.depth:
+            _active.moved = {}
+        _active.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _active.depth -= 1
+        if not _active.depth:
+            _active.moved = {}
+        with _patch.lock:
+            _patch.blocks -= 1
+            if not _patch.blocks:
+                _torch().nn.Module.register_parameter = _patch.original
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            "ctx.meta() makes torch modules, and torch is not installed: pip install 'coldstart-gpu[torch]'"
+        ) from error
+    return torch
+
+
+def _registering(original: Callable[..., None]) -> Callable[..., None]:
+    def register_parameter(module: Any, name: str, param: Any) -> None:
+        original(module, name, param)
+        held = vars(module)["_parameters"]
+        if _active.depth and held.get(name) is not None:
+            held[name] = _without_bytes(held[name])
+
+    return register_parameter
+
+
+def _without_bytes(parameter: Any) -> Any:
+    torch = _torch()
+    if parameter.is_meta or not (type(parameter) is torch.nn.Parameter or hasattr(parameter, "__tensor_flatten__")):
+        return parameter
+    known, twin = _active.moved.get(id(parameter), (None, None))
+    if known is None or known() is not parameter:
+        twin = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        vars(twin).update(vars(parameter))
+        _active.moved[id(parameter)] = (weakref.ref(parameter), twin)
+    return twin

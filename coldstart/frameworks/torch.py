@@ -1,0 +1,195 @@
+"""Tensors of torch: what can be captured of them, and tensors that are views of a buffer.
+
+torch is imported inside the functions: when one of them runs, the state, or a leaf of the manifest, has a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import ManifestError, StateMismatchError
+from coldstart.frameworks.memory import Extent, Form
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coldstart.manifest import Leaf
+
+MODULE_FIELDS = (("_parameters", ""), ("_buffers", "buffer"), ("_modules", ""))
+"""Where a module keeps what it registers, and the role of a plain tensor there."""
+
+_DTYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\Z")
+_PROCESS_BOUND = ("torch.distributed", "torch.nested", "torch._subclasses", "torch.masked")
+"""Packages whose tensor subclasses flatten too, but mean something only in the process that made them."""
+
+
+@functools.cache
+def module_internals() -> frozenset[str]:
+    """Names of the attributes that torch.nn.Module itself sets: hooks, flags and registries, which build() makes."""
+    import torch
+
+    return frozenset(vars(torch.nn.Module()))
+
+
+def role(tensor: Any, held_as: str) -> str:
+    """``parameter``, ``buffer`` or ``tensor``; ``held_as`` is the role that its holder gives to a plain tensor."""
+    import torch
+
+    return "parameter" if isinstance(tensor, torch.nn.Parameter) else held_as or "tensor"
+
+
+def parts(tensor: Any) -> dict[str, Any] | None:
+    """The inner tensors of a subclass that can be taken apart, by attribute; None for any other tensor."""
+    import torch
+
+    cls = type(tensor)
+    if cls in (torch.Tensor, torch.nn.Parameter) or not hasattr(cls, "__tensor_unflatten__"):
+        return None
+    if cls.__module__.startswith(_PROCESS_BOUND):
+        return None
+    try:
+        names, _ = tensor.__tensor_flatten__()
+    except (NotImplementedError, AttributeError):
+        return None
+    inner = {name: getattr(tensor, name, None) for name in names}
+    return inner if inner and all(isinstance(part, torch.Tensor) for part in inner.values()) else None
+
+
+def wrap(original: Any, inner: Mapping[str, Any], *, requires_grad: bool) -> Any:
+    """An instance like ``original`` around other inner tensors. Raises StateMismatchError if its class objects."""
+    import torch
+
+    _, context = original.__tensor_flatten__()
+    try:
+        made = type(original).__tensor_unflatten__(dict(inner), context, original.size(), original.stride())
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise StateMismatchError(
+            f"a {type(original).__name__} could not be made again around its restored tensors: {error}"
+        ) from error
+    if isinstance(original, torch.nn.Parameter):
+        return torch.nn.Parameter(made, requires_grad=requires_grad)
+    return made.requires_grad_() if requires_grad else made
+
+
+def refusal(tensor: Any, *, meta: bool = False) -> str:
+    """Why this tensor cannot be captured, as the rest of a sentence about it; "" if it can.
+
+    ``meta``: tensors without bytes are welcome (a skeleton is made of them).
+    """
+    import torch
+
+    cls = type(tensor)
+    if cls not in (torch.Tensor, torch.nn.Parameter):
+        return _subclass_refusal(tensor)
+    if tensor.is_nested:
+        return "is a nested tensor"
+    if tensor.is_quantized:
+        return f"is a quantized tensor ({tensor.qscheme()})"
+    if tensor.layout is not torch.strided:
+        return f"is a sparse or packed tensor ({tensor.layout})"
+    if tensor.is_meta and not meta:
+        return "is on the meta device, so it has no bytes (accelerate leaves offloaded weights there)"
+    if tensor.device.type not in ("cpu", "meta"):
+        return f"is on the device {tensor.device}: device arrays come with the cuda device"
+    if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():  # noqa: SLF001  torch has no other name for it
+        return "is a lazy conjugate, negative or zero: call resolve_conj(), resolve_neg() or clone() in load"
+    return graph_refusal(tensor)
+
+
+def graph_refusal(tensor: Any) -> str:
+    """The refusal of a tensor that was computed from parameters and would carry their graph; "" for any other."""
+    if tensor.requires_grad and not tensor.is_leaf:
+        return "is the result of a computation that gradients flow through: detach() it in load"
+    return ""
+
+
+def _subclass_refusal(tensor: Any) -> str:
+    import torch
+
+    cls = type(tensor)
+    if isinstance(tensor, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
+        return "is a lazy parameter without a shape: call the module once in load"
+    if hasattr(tensor, "quant_state") or cls.__module__.startswith("bitsandbytes"):
+        return f"is a {cls.__name__} of bitsandbytes, which keeps its scales outside the tensor"
+    return f"is a {cls.__module__}.{cls.__qualname__}, a kind of tensor that cannot be taken apart"
+
+
+def version(tensor: Any) -> int | None:
+    """The counter that in-place writes raise; None for inference tensors, which keep none."""
+    return None if tensor.is_inference() else int(tensor._version)  # noqa: SLF001  torch documents it under this name
+
+
+def form(tensor: Any) -> Form:
+    """Dtype (without ``torch.``), item size, shape and strides in items."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Form(dtype, tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def extent(tensor: Any, length_bytes: int) -> Extent:
+    """The memory that a tensor with elements uses."""
+    storage = tensor.untyped_storage()
+    base = storage.data_ptr()
+    return Extent(tensor.data_ptr(), length_bytes, base, ("torch", base), tensor.element_size(), storage)
+
+
+def storage_of(buffer: Any) -> Any:
+    """The torch storage that is ``buffer``, a uint8 array of numpy. It keeps the array alive."""
+    import torch
+
+    return torch.from_numpy(buffer).untyped_storage()
+
+
+def view(leaf: Leaf, storage: Any) -> Any:
+    """The plain tensor that ``leaf`` describes, over the bytes of ``storage`` (None for a tensor without elements).
+
+    ``set_`` and not a chain of views: every tensor gets a version counter of its own, as it had before.
+    Raises ManifestError where the leaf is not one that a capture writes.
+    """
+    dtype = _dtype(leaf)
+    import torch
+
+    try:
+        if storage is None:
+            return torch.empty_strided(leaf.shape, leaf.strides, dtype=dtype)
+        offset, rest = divmod(leaf.offset_bytes, leaf.item_bytes)
+        if rest:
+            raise ManifestError(f"leaf {leaf.path!r} starts at byte {leaf.offset_bytes}, inside an item")
+        return torch.empty(0, dtype=dtype).set_(storage, offset, leaf.shape, leaf.strides)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ManifestError(f"leaf {leaf.path!r} cannot be laid over its buffer: {error}") from error
+
+
+def finish(leaf: Leaf, tensor: Any) -> Any:
+    """``tensor`` as what the leaf was: a Parameter, or a plain tensor, that requires a gradient or does not."""
+    import torch
+
+    if leaf.requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ManifestError(f"leaf {leaf.path!r} requires a gradient and is of {leaf.dtype}")
+    if leaf.role == "parameter":
+        return torch.nn.Parameter(tensor, requires_grad=leaf.requires_grad)
+    return tensor.requires_grad_() if leaf.requires_grad else tensor
+
+
+def keep_attributes(old: Any, new: Any) -> None:
+    """Carry over what Python code has attached to the tensor that is replaced (a weight loader, a tag)."""
+    attached = vars(old)
+    if attached:
+        vars(new).update(attached)
+
+
+def _dtype(leaf: Leaf) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise StateMismatchError(
+            f"the snapshot's {leaf.path!r} is a tensor of torch, which cannot be imported here: "
+            "install it (pip install 'coldstart-gpu[torch]')"
+        ) from error
+    dtype = getattr(torch, leaf.dtype, None) if _DTYPE_NAME.match(leaf.dtype) else None
+    if not isinstance(dtype, torch.dtype) or leaf.dtype.startswith("q"):
+        raise ManifestError(f"leaf {leaf.path!r} has the dtype {leaf.dtype!r}, which this torch does not have")
+    if dtype.itemsize != leaf.item_bytes:
+        raise ManifestError(f"leaf {leaf.path!r} has items of {leaf.item_bytes} bytes, its dtype {dtype.itemsize}")
+    return dtype

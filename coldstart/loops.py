@@ -1,0 +1,76 @@
+"""Where the user's async hooks run: on the loop that serves, or on a private one where nothing else is async."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import StartError
+
+if TYPE_CHECKING:
+    import asyncio
+
+LOOP_SECONDS = 600.0
+"""How long an async hook of an async handler waits for a serving loop to appear."""
+
+
+class Loops:
+    """Finishes what a user's function returned: awaits a coroutine, collects a generator.
+
+    An async handler's hooks run on the loop that serves its events (clients made there belong to it), which
+    ``attach`` names; a sync handler's async hooks run on a loop of their own, in a thread made on first use.
+    """
+
+    def __init__(self, *, needs_serving_loop: bool) -> None:
+        self._needs_serving_loop = needs_serving_loop
+        self._attached = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._private = False
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the loop that serves. The first one stays, unless it was closed."""
+        if self._loop is None or self._loop.is_closed():
+            self._loop = loop
+            self._attached.set()
+
+    def finish(self, result: Any, *, collect: bool = False) -> Any:
+        """The value behind ``result``: a coroutine's, or with ``collect`` the list of a generator's pieces."""
+        if hasattr(result, "__await__"):
+            return self._run(result)
+        if collect and hasattr(result, "__anext__"):
+            return self._run(_collect(result))
+        if collect and hasattr(result, "__next__") and hasattr(result, "send"):
+            return list(result)
+        return result
+
+    def _run(self, awaitable: Any) -> Any:
+        import asyncio
+
+        async def settle() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(settle(), self._serving_loop()).result()
+
+    def _serving_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None and not self._needs_serving_loop:
+            self._make_private()
+        if not self._attached.wait(LOOP_SECONDS) or self._loop is None:
+            raise StartError(f"no event loop began to serve within {LOOP_SECONDS:.0f} s, and an async hook needs one")
+        return self._loop
+
+    def _make_private(self) -> None:
+        import asyncio
+
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="coldstart-loop", daemon=True).start()
+        self._private = True
+        self.attach(loop)
+
+    def close(self) -> None:
+        """Stop the private loop, if there is one."""
+        if self._private and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+async def _collect(pieces: Any) -> list[Any]:
+    return [piece async for piece in pieces]

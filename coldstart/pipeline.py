@@ -1,0 +1,86 @@
+"""Bounded parallel work: jobs that say what they cost in bytes, run by a few threads under one byte budget.
+
+Knows no store, codec or device. A job larger than the budget runs alone rather than never. The first error stops the
+run: jobs under way end, none is begun after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+class Job(NamedTuple):
+    """A piece of work. ``cost_bytes``: memory that it holds while it runs, over what its caller already holds."""
+
+    cost_bytes: int
+    run: Callable[[], None]
+
+
+class _Budget:
+    """Bytes that may be held at once; ``acquire`` waits for room."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def acquire(self, amount: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + amount <= self._limit)
+            self._held += amount
+
+    def release(self, amount: int) -> None:
+        with self._changed:
+            self._held -= amount
+            self._changed.notify_all()
+
+
+class _Run:
+    """One call of ``run_all``: the shared queue of its threads, and the first error."""
+
+    def __init__(self, jobs: Iterable[Job], budget_bytes: int, stop: threading.Event) -> None:
+        self._jobs = iter(jobs)
+        self._lock = threading.Lock()
+        self._budget = _Budget(budget_bytes)
+        self._stop = stop
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        while (job := self._next()) is not None:
+            self._budget.acquire(job.cost_bytes)
+            try:
+                if self.error is None:
+                    job.run()
+            except BaseException as error:  # noqa: BLE001  carried to run_all's caller, nothing is swallowed
+                with self._lock:
+                    self.error = self.error or error
+            finally:
+                self._budget.release(job.cost_bytes)
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            if self.error is not None or self._stop.is_set():
+                return None
+            return next(self._jobs, None)
+
+
+def run_all(
+    jobs: Iterable[Job], *, threads: int, budget_bytes: int, name: str, stop: threading.Event | None = None
+) -> None:
+    """Run all jobs on ``threads`` threads of that name, and raise the first error of any of them.
+
+    ``stop``: once it is set, no further job is begun and the call returns early without an error.
+    """
+    run = _Run(jobs, budget_bytes, stop or threading.Event())
+    others = [threading.Thread(target=run.work, name=f"{name}-{index}", daemon=True) for index in range(threads - 1)]
+    for thread in others:
+        thread.start()
+    run.work()
+    for thread in others:
+        thread.join()
+    if run.error is not None:
+        raise run.error

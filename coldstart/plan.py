@@ -1,0 +1,224 @@
+"""Where everything lies in a snapshot: segments, offsets, chunks, and which chunks a parent generation has already.
+
+Arithmetic only. The aim is that what did not change keeps its bytes in chunks that did not change:
+
+- Every item is padded to a multiple of 256 bytes and chunks begin and end where items do, or inside one large
+  item, so the bytes of a chunk depend on its own items alone, wherever the segment puts it. Padding is zeros.
+- A generation keeps its parent's order and chunk size and appends what is new.
+- Tiny items (norms, biases) lie together behind the others: training them all again touches few chunks.
+- Where a run of small items ends is decided by the items' names, so that a removed item moves the ends of few runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart.codecs import NAMES
+from coldstart.manifest import SEGMENT_ALIGNMENT_BYTES, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from coldstart.manifest import Chunk, Manifest
+
+MIN_CHUNK_BYTES = 4 << 20
+MAX_CHUNK_BYTES = 16 << 20
+CHUNKS_PER_SNAPSHOT = 256
+TINY_BYTES = 64 << 10
+FILES = "files"
+"""The consumer of segments that hold files."""
+
+
+class Item(NamedTuple):
+    """A buffer or a file that wants a place. ``name`` is the buffer's name in the manifest, or ``file_item_name``."""
+
+    name: str
+    length_bytes: int
+    item_bytes: int
+    kind: str
+    consumer: str = "eager"
+    is_file: bool = False
+
+
+class Place(NamedTuple):
+    """Where an item begins."""
+
+    segment: int
+    offset_bytes: int
+
+
+class Extent(NamedTuple):
+    """A slice of a segment that becomes a chunk."""
+
+    segment: int
+    offset_bytes: int
+    length_bytes: int
+
+
+class Layout(NamedTuple):
+    """``places`` are in the order of the items; ``chunks`` in the order of the segments, which they tile exactly."""
+
+    segments: tuple[Segment, ...]
+    places: tuple[Place, ...]
+    chunks: tuple[Extent, ...]
+
+
+def file_item_name(root: str, name: str) -> str:
+    """The name of a file's item."""
+    return f"{root}/{name}"
+
+
+def target_chunk_bytes(total_bytes: int) -> int:
+    """The chunk size for a snapshot of ``total_bytes``: the power of two above 1/256 of it, from 4 to 16 MiB."""
+    return _clamped(-(-total_bytes // CHUNKS_PER_SNAPSHOT))
+
+
+def layout(items: Sequence[Item], *, parent: Manifest | None = None) -> Layout:
+    """Lay out ``items``, which come in first-use order and have unique names; files and buffers may share one.
+
+    Items that ``parent`` has lie in the parent's order, new ones behind them in the order given.
+    """
+    target_bytes = _chunk_bytes(items, parent)
+    groups: dict[tuple[int, str, str], list[int]] = {}
+    for index in _parents_order(items, parent):
+        groups.setdefault(_group(items[index]), []).append(index)
+    places = [Place(0, 0)] * len(items)
+    segments: list[Segment] = []
+    chunks: list[Extent] = []
+    for number, (group, members) in enumerate(groups.items()):
+        tiny_last = sorted(members, key=lambda index: _is_tiny(items[index]))
+        length_bytes = 0
+        for index in tiny_last:
+            places[index] = Place(number, length_bytes)
+            length_bytes += _padded(items[index].length_bytes)
+        segments.append(Segment(*group, length_bytes=length_bytes))
+        chunks += _extents(number, [items[index] for index in tiny_last], target_bytes)
+    return Layout(tuple(segments), tuple(places), tuple(chunks))
+
+
+def known_chunks(parent: Manifest) -> Mapping[tuple[str, int, int], Chunk]:
+    """The parent's chunks by (raw hash, item bytes of their segment, length): a chunk found here need not be written.
+
+    A codec may split items into planes, so equal bytes of other items are another chunk. Chunks of a codec that this
+    coldstart does not have are left out: it could not read what it would publish.
+    """
+    return {
+        (chunk.raw_hash, parent.segments[chunk.segment].item_bytes, chunk.length_bytes): chunk
+        for chunk in parent.chunks
+        if chunk.codec in NAMES
+    }
+
+
+def fetch_order(manifest: Manifest) -> list[int]:
+    """Indices of the chunks in the order to fetch them: files first (``init`` needs them whole), then by segment."""
+    is_file = [segment.consumer == FILES for segment in manifest.segments]
+    chunks = manifest.chunks
+    return sorted(range(len(chunks)), key=lambda index: not is_file[chunks[index].segment])
+
+
+def _clamped(bytes_: int) -> int:
+    power_of_two = 1 << max(0, bytes_ - 1).bit_length()
+    return min(max(power_of_two, MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+def _padded(length_bytes: int) -> int:
+    return -(-length_bytes // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
+
+
+def _is_tiny(item: Item) -> bool:
+    return item.length_bytes <= TINY_BYTES
+
+
+def _group(item: Item) -> tuple[int, str, str]:
+    return (1, "other", FILES) if item.is_file else (item.item_bytes, item.kind, item.consumer)
+
+
+def _chunk_bytes(items: Sequence[Item], parent: Manifest | None) -> int:
+    """The parent's chunk size, so that a total that crosses a power of two does not move every chunk.
+
+    The size is read off the parent's largest chunk, which is more than half of it. A snapshot that doubled or halved is
+    mostly new bytes anyway and gets the size of its own.
+    """
+    total_bytes = sum(_padded(item.length_bytes) for item in items)
+    if parent is not None and parent.chunks and parent.raw_bytes <= 2 * total_bytes <= 4 * parent.raw_bytes:
+        return _clamped(max(chunk.length_bytes for chunk in parent.chunks))
+    return target_chunk_bytes(total_bytes)
+
+
+def _parents_order(items: Sequence[Item], parent: Manifest | None) -> list[int]:
+    """Indices of ``items``: those of the parent in its order, then the new ones in the order given."""
+    if parent is None:
+        return list(range(len(items)))
+    held = [(buffer.segment, buffer.offset_bytes, False, buffer.name) for buffer in parent.buffers]
+    held += [
+        (entry.segment, entry.offset_bytes, True, file_item_name(entry.root, entry.name)) for entry in parent.files
+    ]
+    rank = {(is_file, name): number for number, (*_, is_file, name) in enumerate(sorted(held))}
+    return sorted(range(len(items)), key=lambda index: rank.get((items[index].is_file, items[index].name), len(rank)))
+
+
+def _extents(segment: int, members: Sequence[Item], target_bytes: int) -> Iterator[Extent]:
+    """Cut a segment's items into chunks; no chunk holds both tiny items and others."""
+    offset_bytes = 0
+    for zone in (False, True):
+        zone_members = [item for item in members if _is_tiny(item) is zone]
+        for length_bytes in _cut(zone_members, target_bytes):
+            yield Extent(segment, offset_bytes, length_bytes)
+            offset_bytes += length_bytes
+
+
+def _cut(members: Sequence[Item], target_bytes: int) -> Iterator[int]:
+    run: list[Item] = []
+    for item in members:
+        if _padded(item.length_bytes) <= target_bytes:
+            run.append(item)
+        else:
+            yield from _runs(run, target_bytes)
+            yield from _slices(_padded(item.length_bytes), target_bytes)
+            run = []
+    yield from _runs(run, target_bytes)
+
+
+def _slices(length_bytes: int, target_bytes: int) -> Iterator[int]:
+    """Slices of one large item. The last two share what is left evenly, so that none is a scrap."""
+    while length_bytes > 2 * target_bytes:
+        yield target_bytes
+        length_bytes -= target_bytes
+    first_bytes = _padded(-(-length_bytes // 2))
+    yield first_bytes
+    yield length_bytes - first_bytes
+
+
+def _runs(members: Sequence[Item], target_bytes: int) -> Iterator[int]:
+    """Runs of whole small items. Items without bytes make no chunk."""
+    begin = 0
+    while begin < len(members):
+        end = _run_end(members, begin, target_bytes)
+        length_bytes = sum(_padded(item.length_bytes) for item in members[begin:end])
+        if length_bytes:
+            yield length_bytes
+        begin = end
+
+
+def _run_end(members: Sequence[Item], begin: int, target_bytes: int) -> int:
+    """Where the run from ``begin`` ends: what is left if that fits, else between half of the target and all of it.
+
+    Of the items that it may end with, the one whose name has the smallest hash ends it. When an item is removed, most
+    of the same names are candidates in the neighbouring runs, so their ends soon fall together again.
+    """
+    length_bytes = 0
+    candidates: list[tuple[int, int]] = []
+    for index in range(begin, len(members)):
+        length_bytes += _padded(members[index].length_bytes)
+        if length_bytes > target_bytes:
+            return min(candidates)[1] if candidates else index
+        if 2 * length_bytes >= target_bytes:
+            candidates.append((_name_hash(members[index].name), index + 1))
+    return len(members)
+
+
+def _name_hash(name: str) -> int:
+    """The same in every process and version; multiplied, because the checksums of similar names are close together."""
+    import zlib
+
+    return zlib.crc32(name.encode("utf-8", "surrogatepass")) * 0x9E3779B1 & 0xFFFFFFFF

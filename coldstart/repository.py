@@ -1,0 +1,185 @@
+"""Snapshots in a store: which generation is current, and how a new one becomes current. Sits on the store contract alone.
+
+Publishing is three steps, each harmless if the process dies after it: blobs (content-named, written once), the manifest
+(immutable, a fresh name), the ref (compare-and-swap). Until the ref moves, readers see the previous generation; what
+is left behind by a writer that died is an orphan that nothing names. A restore reads in the reverse order
+and never lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.errors import ConditionFailedError, ManifestError, ObjectMissingError, StateChangedError
+from coldstart.manifest import (
+    Manifest,
+    Ref,
+    blob_key,
+    check_name,
+    manifest_from_json,
+    manifest_key,
+    manifest_to_json,
+    newest_ref_key,
+    ref_from_json,
+    ref_key,
+    ref_to_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from coldstart.manifest import KeyRecord
+    from coldstart.stores.base import Store
+
+COLLECTION_GRACE_SECONDS = 24 * 3600.0
+"""No collector deletes a blob younger than this, by the store's clock; see ``put_blob``."""
+
+
+class Lookup(NamedTuple):
+    """The answer to "is there a snapshot for this key?": its ref and etag, or None; ``newest`` is the name's newest key."""
+
+    ref: Ref | None
+    etag: str
+    newest: Ref | None
+
+
+class Repository:
+    """All snapshots of one store."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], float] = time.time,
+        unique: Callable[[], str] = lambda: os.urandom(8).hex(),
+    ) -> None:
+        self.store = store
+        self._clock = clock
+        self._unique = unique
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def look_up(self, name: str, key: KeyRecord) -> Lookup:
+        """The current generation for a key. Raises StoreError, ManifestError."""
+        ref, etag = self._read_ref(ref_key(check_name(name), key.digest))
+        if ref is None:
+            newest, _ = self._read_ref(newest_ref_key(name))
+            return Lookup(None, "", newest)
+        if ref.name != name or ref.key.digest != key.digest:
+            raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
+        return Lookup(ref, etag, ref)
+
+    def manifest(self, key: str, *, name: str) -> Manifest:
+        """Read the manifest stored under ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
+        manifest = manifest_from_json(self.store.get(key).data)
+        if manifest.name != name:
+            raise ManifestError(f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key)
+        return manifest
+
+    def _read_ref(self, key: str) -> tuple[Ref | None, str]:
+        try:
+            stored = self.store.get(key)
+        except ObjectMissingError:
+            return None, ""
+        return ref_from_json(stored.data), stored.etag
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def put_blob(self, blob: str, data: bytes | memoryview) -> bool:
+        """Store a blob under its hash; False if it was there already and may be relied on.
+
+        An existing blob older than half the collection's grace could be an orphan that a collector is about to delete,
+        so it is written again, which makes it young.
+        """
+        key = blob_key(blob)
+        try:
+            self.store.put(key, data, if_absent=True)
+        except ConditionFailedError:
+            if self._clock() - self.store.head(key).modified_seconds < COLLECTION_GRACE_SECONDS / 2:
+                return False
+            self.store.put(key, data)
+        return True
+
+    def put_manifest(self, manifest: Manifest) -> str:
+        """Store a manifest under a fresh key, and return the key."""
+        key = manifest_key(manifest.name, manifest.generation, self._unique())
+        self.store.put(key, manifest_to_json(manifest), if_absent=True)
+        return key
+
+    def publish(self, manifest: Manifest, key: str, *, replaces: Lookup) -> Ref:
+        """Make the generation stored under ``key`` the current one, if the ref is still what ``replaces`` saw.
+
+        Raises StateChangedError when another writer was first (its generation stays), StoreError.
+        """
+        before = replaces.ref
+        ref = Ref(
+            name=manifest.name,
+            key=manifest.key,
+            generation=manifest.generation,
+            manifest=key,
+            write_id=self._unique(),
+            updated_seconds=round(self._clock(), 3),
+            previous_generation=before.generation if before else 0,
+            previous_manifest=before.manifest if before else "",
+        )
+        target = ref_key(manifest.name, manifest.key.digest)
+        try:
+            self._swap(target, ref, replaces.etag)
+        except ConditionFailedError as error:
+            current, _ = self._read_ref(target)
+            if current is None or current.write_id != ref.write_id:
+                raise StateChangedError(
+                    f"another worker published snapshot {manifest.name!r} first; its generation is kept", snapshot=manifest.name
+                ) from error
+        self._point_newest(ref)
+        return ref
+
+    def _swap(self, key: str, ref: Ref, etag: str) -> None:
+        self.store.put(key, ref_to_json(ref), if_absent=not etag, if_match=etag or None)
+
+    def _point_newest(self, ref: Ref) -> None:
+        """Let ``refs/<name>/newest`` follow. A convenience for people: losing a race here loses nothing."""
+        key = newest_ref_key(ref.name)
+        try:
+            _, etag = self._read_ref(key)
+            self._swap(key, ref, etag)
+        except (ConditionFailedError, ManifestError):
+            return
+
+    def write_start_record(self, name: str, record: dict[str, Any]) -> None:
+        """Store one start record. Raises StoreError."""
+        day = time.strftime("%Y-%m-%d", time.gmtime(self._clock()))
+        self.store.put(f"starts/{check_name(name)}/{day}/{self._unique()}.json", json.dumps(record).encode())
+
+    # --- people's commands; these may list ---------------------------------------------------------------------------
+
+    def refs(self, name: str | None = None) -> Iterator[tuple[str, Ref | ManifestError]]:
+        """Every ref (or those of one name) with its key in the store; a malformed one comes as its error."""
+        prefix = f"refs/{check_name(name)}/" if name else "refs/"
+        for info in sorted(self.store.list(prefix)):
+            if info.key.endswith("/newest"):
+                continue
+            try:
+                yield info.key, ref_from_json(self.store.get(info.key).data)
+            except ManifestError as error:
+                yield info.key, error
+
+    def delete(self, name: str, key_digest: str | None = None) -> list[str]:
+        """Delete the refs of a snapshot (of one key, or all) and their manifests; blobs are left to the collector.
+
+        Returns the deleted object keys. Refs go first, so that no reader finds a ref without its manifest.
+        """
+        prefix = f"refs/{check_name(name)}/"
+        doomed = [info.key for info in self.store.list(prefix) if key_digest is None or info.key == prefix + key_digest]
+        newest, _ = self._read_ref(newest_ref_key(name))
+        if key_digest is not None and newest is not None and newest.key.digest == key_digest:
+            doomed.append(newest_ref_key(name))
+        if doomed and key_digest is None:
+            doomed += [info.key for info in self.store.list(f"manifests/{name}/")]
+        for key in doomed:
+            self.store.delete(key)
+        return doomed
+

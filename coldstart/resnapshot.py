@@ -1,0 +1,272 @@
+"""Making a new generation, off the request path: when, and in which order.
+
+The order: wait for an idle moment, see that no event has changed the weights, write blobs and manifest, prove the
+generation in a fresh process, move the ref. Any failure ends here as an event and a reason; it never reaches a request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart import events
+from coldstart.capture import Encoding, kind_of, write_generation
+from coldstart.definition import Policy
+from coldstart.errors import ColdstartError, ManifestError, StateChangedError, StoreError
+from coldstart.proof import Proof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from coldstart.capture import Capture
+    from coldstart.frameworks import Survey
+    from coldstart.proof import Origin
+    from coldstart.repository import Lookup, Repository
+
+
+class Plan(NamedTuple):
+    """A generation that is to be made. ``marks``: what the weights looked like before anyone could change them.
+
+    ``capture`` lacks its parent and number, which are settled when it is due. ``due_at_once``: there is no usable
+    generation for the key; else the handler's policy says when, counted from ``created_seconds`` (Unix time).
+    """
+
+    part: str
+    capture: Capture
+    replaces: Lookup
+    marks: Mapping[str, Any]
+    origin: Origin
+    due_at_once: bool
+    created_seconds: float
+
+
+class Outcome(NamedTuple):
+    """What became of a plan: a published generation, or the reason why there is none."""
+
+    published: bool
+    generation: int
+    raw_bytes: int
+    stored_bytes: int
+    written_bytes: int
+    reused_bytes: int
+    seconds: float
+    reason: str
+
+    @classmethod
+    def none(cls, reason: str) -> Outcome:
+        """No generation, for ``reason``."""
+        return cls(False, 0, 0, 0, 0, 0, 0.0, reason)
+
+
+POLL_SECONDS = 0.5
+"""How often a policy's conditions are looked at."""
+
+
+class Resnapshot:
+    """Makes the planned generations, one after another, in a thread of its own, then what the handler's policy asks for."""
+
+    def __init__(
+        self,
+        plans: list[Plan],
+        open_repository: Callable[[], Repository],
+        *,
+        encoding: Encoding,
+        idle: Callable[[float], None],
+        idle_seconds: float,
+        policy: Policy,
+        served: Callable[[], int],
+        bus: events.EventBus,
+    ) -> None:
+        self.outcomes: list[Outcome] = []
+        self._first_done = threading.Event()
+        self._policy = policy
+        self._served = served
+        self._plans = plans
+        self._open_repository = open_repository
+        self._encoding = encoding
+        self._idle = idle
+        self._idle_seconds = idle_seconds
+        self._bus = bus
+        self._proof: Proof | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="coldstart-capture", daemon=True)
+        self._thread.start()
+
+    def wait_first(self, seconds: float) -> bool:
+        """Wait until what was due at once is done, or ``seconds`` have passed; True if it is done."""
+        return self._first_done.wait(seconds)
+
+    def stop(self, seconds: float) -> None:
+        """Begin no further chunk, end the proof, and give the put under way ``seconds`` to finish."""
+        self._stopping.set()
+        if self._proof is not None:
+            self._proof.stop()
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        _lower_priority()
+        for plan in self._plans:
+            if plan.due_at_once:
+                self._attempt(plan)
+        self._first_done.set()
+        due = [_Due(plan, self._policy, self._served()) for plan in self._plans]
+        while self._policy != Policy() and not self._stopping.wait(POLL_SECONDS):
+            for condition in due:
+                if condition.is_met(self._served()):
+                    self._attempt(condition.plan)
+                    condition.restart(self._served())
+
+    def _attempt(self, plan: Plan) -> None:
+        began = time.monotonic()
+        try:
+            outcome = self._make(plan, began)
+        except Exception as error:  # an edge of the process: a failing capture must not take the worker along
+            self._bus.publish(events.CaptureFailed(plan.capture.name, events.error_text(error)))
+            outcome = Outcome.none(str(error) if isinstance(error, ColdstartError) else events.error_text(error))
+        self.outcomes.append(outcome)
+
+    def _make(self, plan: Plan, began: float) -> Outcome:
+        self._idle(self._idle_seconds)
+        self._check_unchanged(plan)
+        repository = self._open_repository()
+        replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
+        capture = _with_parent(plan.capture, replaces, repository)
+        self._bus.publish(
+            events.CaptureBegan(
+                capture.name, capture.generation, "no usable snapshot" if plan.due_at_once else "policy"
+            )
+        )
+        written = write_generation(capture, repository, encoding=self._encoding, pace=self._pace)
+        self._check_unchanged(plan)
+        self._proof = Proof(plan.origin, {plan.part: written.manifest_key}, repository.store.url)
+        self._proof.run(capture.warmup_digests)
+        if self._stopping.is_set():
+            return Outcome.none("the worker ended before the generation was published")
+        repository.publish(written.manifest, written.manifest_key, replaces=replaces)
+        manifest, seconds = written.manifest, time.monotonic() - began
+        self._bus.publish(
+            events.CaptureEnded(
+                capture.name,
+                manifest.generation,
+                manifest.raw_bytes,
+                written.written_bytes,
+                written.reused_bytes,
+                seconds,
+            )
+        )
+        return Outcome(
+            True,
+            manifest.generation,
+            manifest.raw_bytes,
+            manifest.stored_bytes,
+            written.written_bytes,
+            written.reused_bytes,
+            seconds,
+            "",
+        )
+
+    def _pace(self) -> None:
+        """Between two chunks: give way to events for a moment, and end when the worker does."""
+        if self._stopping.is_set():
+            raise StateChangedError("the worker ended while its state was captured; the previous generation stays")
+        self._idle(0.0)
+
+    def _check_unchanged(self, plan: Plan) -> None:
+        if plan.capture.survey is None:
+            return
+        changed = changed_paths(plan.capture.survey, plan.marks, plan.capture.kinds)
+        if changed:
+            self._bus.publish(events.WeightsChanged(plan.capture.name, changed))
+            raise StateChangedError(
+                f"events or the warm-up changed {len(changed)} array(s) of the state, such as {changed[0]}; declare them with"
+                f" kinds={{{changed[0]!r}: 'other'}} if that is meant",
+                snapshot=plan.capture.name,
+            )
+
+
+class _Due:
+    """When a plan is due again by the handler's policy."""
+
+    def __init__(self, plan: Plan, policy: Policy, served: int) -> None:
+        self.plan = plan._replace(due_at_once=False)
+        self._policy = policy
+        self._created_seconds = plan.created_seconds or time.time()
+        self._served = served
+        self._since_seconds = time.monotonic()
+
+    def is_met(self, served: int) -> bool:
+        """Whether one of the policy's conditions holds."""
+        policy = self._policy
+        return bool(
+            (policy.after_events and served - self._served >= policy.after_events)
+            or (policy.interval_seconds and time.monotonic() - self._since_seconds >= policy.interval_seconds)
+            or (policy.maximum_age_seconds and time.time() - self._created_seconds >= policy.maximum_age_seconds)
+        )
+
+    def restart(self, served: int) -> None:
+        """Count anew, after an attempt whatever its outcome: a failing one must not be repeated every half second."""
+        self._served, self._since_seconds, self._created_seconds = served, time.monotonic(), time.time()
+
+
+def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> Capture:
+    """The capture with its number and its parent: the generation it replaces, else the newest of another key.
+
+    An unreadable parent is no obstacle: it only means that nothing is reused by it.
+    """
+    parent, parent_key = None, ""
+    known = replaces.ref or replaces.newest
+    if known is not None:
+        try:
+            parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
+        except (StoreError, ManifestError):
+            parent, parent_key = None, ""
+    generation = (replaces.ref.generation if replaces.ref else 0) + 1
+    return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
+
+
+def _lower_priority() -> None:
+    """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
+    import os
+    import sys
+
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def marks_of(survey: Survey) -> dict[str, Any]:
+    """What every array looks like now: the framework's version counter, or a hash of the bytes where it keeps none."""
+    marks: dict[str, Any] = {}
+    hashes: dict[int, str] = {}
+    for found in survey.leaves:
+        index = found.leaf.buffer
+        if found.version is not None:
+            marks[found.leaf.path] = found.version
+        elif index >= 0:
+            if index not in hashes:
+                hashes[index] = _hash(survey.storages[index].data)
+            marks[found.leaf.path] = hashes[index]
+    return marks
+
+
+def changed_paths(survey: Survey, marks: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[str, ...]:
+    """Paths of the weights that differ from ``marks``; what ``kinds`` declares as changing is left out."""
+    hashes: dict[int, str] = {}
+    changed = []
+    for found in survey.leaves:
+        mark, index = marks.get(found.leaf.path), found.leaf.buffer
+        if mark is None or kind_of(found.leaf.path, kinds) != "weights":
+            continue
+        if isinstance(mark, int):
+            now: Any = found.array._version  # noqa: SLF001  torch's public name for it has the underscore
+        else:
+            now = hashes[index] = hashes.get(index) or _hash(survey.storages[index].data)
+        if now != mark:
+            changed.append(found.leaf.path)
+    return tuple(changed)
+
+
+def _hash(data: Any) -> str:
+    from blake3 import blake3
+
+    return str(blake3(data).hexdigest())

@@ -1,0 +1,211 @@
+"""Restoring: a snapshot on its way into memory, from the look-up of its ref to the last verified chunk.
+
+A ``Restoration`` works in a thread of its own from the moment it is made, so it runs in the shadow of whatever the main
+thread does (imports, mostly). It ends in one of three outcomes: Restored, Missing (there is no snapshot for the key) or
+Unusable (there is one, and neither it nor the generation before it could be read).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart import events
+from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError
+from coldstart.fetch import FetchRequest, start_threads
+from coldstart.frameworks import arrays, bind, rebuild
+from coldstart.keys import explain_change
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from coldstart.devices.base import Arena, Device
+    from coldstart.fetch.base import FetchReport
+    from coldstart.manifest import KeyRecord, Manifest
+    from coldstart.repository import Lookup, Repository
+
+
+class Request(NamedTuple):
+    """What to restore. ``pinned``: the key of one manifest to restore instead of the current one (a proof)."""
+
+    name: str
+    key: KeyRecord
+    open_repository: Callable[[], Repository]
+    device: Device
+    threads: int
+    budget_bytes: int
+    files_folder: str
+    pinned: str = ""
+    fresh: bool = False
+    """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
+
+
+class Restored(NamedTuple):
+    """A whole snapshot in memory, verified. ``recovered_by``: none, chunk_retry or previous_generation."""
+
+    manifest: Manifest
+    manifest_key: str
+    arena: Arena
+    report: FetchReport
+    recovered_by: str
+    lookup: Lookup | None
+
+
+class Missing(NamedTuple):
+    """No snapshot for this key; ``reason`` says why an older one was passed over."""
+
+    reason: str
+    lookup: Lookup | None
+
+
+class Unusable(NamedTuple):
+    """A snapshot that should have been used could not be: ``reason`` says what stood in the way."""
+
+    reason: str
+    lookup: Lookup | None
+
+
+Outcome = Restored | Missing | Unusable
+
+
+class Restoration:
+    """One snapshot on its way into memory."""
+
+    def __init__(self, request: Request, bus: events.EventBus) -> None:
+        self.request = request
+        self.began_monotonic_seconds = time.monotonic()
+        self.found_monotonic_seconds = 0.0
+        self.ended_monotonic_seconds = 0.0
+        self._bus = bus
+        self._manifest: Manifest | None = None
+        self._found = threading.Event()
+        self._outcome: Outcome | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._run, name=f"coldstart-restore-{request.name}", daemon=True)
+        self._thread.start()
+
+    def manifest(self) -> Manifest | None:
+        """Wait until it is known which generation is being fetched (None: none is)."""
+        self._found.wait()
+        return self._manifest
+
+    def outcome(self) -> Outcome:
+        """Wait until the snapshot is in memory or it is known that it will not be."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._outcome is not None
+        return self._outcome
+
+    def cancel(self) -> None:
+        """The snapshot is not wanted (its key turned out to be another): stop soon."""
+        self._cancelled = True
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._restore()
+        except BaseException as error:  # noqa: BLE001  raised again by outcome(), in the thread that asked
+            self._error = error
+        finally:
+            self.ended_monotonic_seconds = time.monotonic()
+            self._found.set()
+
+    def _restore(self) -> Outcome:
+        request = self.request
+        try:
+            repository = request.open_repository()
+            if request.pinned:
+                return self._fetch(repository, request.pinned, "none", None)
+            lookup = repository.look_up(request.name, request.key)
+        except (StoreError, SnapshotError, DeviceError) as error:
+            return Unusable(_reason(error), None)
+        if lookup.ref is None:
+            return Missing(_why_missing(request, lookup), lookup)
+        if request.fresh:
+            return Missing("a fresh start was asked for", lookup)
+        return self._try_generations(repository, lookup)
+
+    def _try_generations(self, repository: Repository, lookup: Lookup) -> Outcome:
+        assert lookup.ref is not None
+        reasons = []
+        for key, recovered_by in ((lookup.ref.manifest, "none"), (lookup.ref.previous_manifest, "previous_generation")):
+            if not key:
+                continue
+            try:
+                return self._fetch(repository, key, recovered_by, lookup)
+            except (StoreError, SnapshotError, DeviceError) as error:
+                reasons.append(_reason(error))
+                self._bus.publish(events.FellBack(self.request.name, "generation", reasons[-1]))
+        return Unusable("; ".join(reasons), lookup)
+
+    def _fetch(self, repository: Repository, key: str, recovered_by: str, lookup: Lookup | None) -> Restored:
+        request = self.request
+        manifest = repository.manifest(key, name=request.name)
+        if manifest.device_type != request.device.type:
+            raise SnapshotError(
+                f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
+            )
+        arena = request.device.allocate([segment.length_bytes for segment in manifest.segments])
+        self._manifest = manifest
+        self.found_monotonic_seconds = time.monotonic()
+        self._found.set()
+        self._bus.publish(
+            events.SnapshotFound(
+                request.name, manifest.generation, manifest.rung, manifest.raw_bytes, manifest.stored_bytes
+            )
+        )
+        fetch = start_threads(
+            FetchRequest(
+                manifest,
+                repository.store,
+                arena,
+                request.threads,
+                request.budget_bytes,
+                verify_raw=bool(request.pinned),
+            )
+        )
+        if self._cancelled:
+            fetch.cancel()
+        report = fetch.wait()
+        seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
+        self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
+        if report.retried_chunks and recovered_by == "none":
+            recovered_by = "chunk_retry"
+        return Restored(manifest, key, arena, report, recovered_by, lookup)
+
+
+def _reason(error: ColdstartError) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _why_missing(request: Request, lookup: Lookup) -> str:
+    if lookup.newest is None:
+        return "no snapshot yet"
+    return explain_change(lookup.newest.key, request.key)
+
+
+def bind_arrays(restored: Restored, skeleton: Any) -> Any:
+    """Bind the arrays of a restored snapshot to what ``build`` made, as views of the arena, and return that.
+
+    Raises StateMismatchError, listing how the two differ.
+    """
+    manifest = restored.manifest
+    return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored))
+
+
+def rebuild_tree(restored: Restored) -> Any:
+    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError."""
+    found = arrays(restored.manifest.leaves, _buffer_array(restored))
+    return rebuild(restored.manifest.tree, found)
+
+
+def _buffer_array(restored: Restored) -> Callable[[int], Any]:
+    manifest, arena = restored.manifest, restored.arena
+
+    def buffer_array(index: int) -> Any:
+        buffer = manifest.buffers[index]
+        return arena.array(buffer.segment, buffer.offset_bytes, buffer.length_bytes)
+
+    return buffer_array

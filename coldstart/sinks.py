@@ -1,0 +1,136 @@
+"""Events as log lines: one line an event on standard error, as JSON or for people. structlog is imported on call only.
+
+structlog is not configured globally: the user's own set-up of it stays as it is, and ours does not depend on it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from coldstart.config import MASK, SETTINGS
+from coldstart.events import (
+    CaptureFailed,
+    FellBack,
+    PhaseBegan,
+    PhaseSlow,
+    StateChanged,
+    StoreDegraded,
+    SubscriberFailed,
+    UserLine,
+    WeightsChanged,
+    WorkerFailed,
+    error_text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, MutableMapping
+
+    from coldstart.config import Settings
+    from coldstart.events import Event, EventBus
+
+_SECRET_CHARACTERS = 8
+_LEVELS: Mapping[type[Any], str] = {
+    PhaseBegan: "debug",
+    StateChanged: "debug",
+    CaptureFailed: "warning",
+    FellBack: "warning",
+    PhaseSlow: "warning",
+    StoreDegraded: "warning",
+    WeightsChanged: "warning",
+    SubscriberFailed: "error",
+    WorkerFailed: "error",
+}
+"""Every other event is ``info``."""
+
+
+def attach_structlog(bus: EventBus, settings: Settings, *, stream: TextIO | None = None) -> Callable[[], None]:
+    """Write the events of ``bus``, past ones first, to ``stream`` (default: standard error); returns what ends it.
+
+    ``settings.log`` chooses the form (with ``off`` nothing is attached) and ``settings.log_level`` the least level.
+    """
+    if settings.log == "off":
+        return lambda: None
+    import structlog
+
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(sys.stderr if stream is None else stream),
+        processors=[
+            structlog.processors.JSONRenderer(default=_plain) if settings.log == "json" else _console_line,
+            _masker(settings),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
+        context_class=dict,
+    )
+
+    def write(event: Event, published_seconds: float) -> None:
+        level = _LEVELS.get(type(event), "info")
+        getattr(logger, level)(
+            event_name(type(event)), timestamp=_timestamp(published_seconds), level=level, **_fields(event)
+        )
+
+    return bus.subscribe(write, replay=True, stamped=True)
+
+
+def event_name(kind: type[Any]) -> str:
+    """The name of an event in the log: ``PhaseEnded`` is ``phase_ended``."""
+    return re.sub("(?<!^)([A-Z])", r"_\1", kind.__name__).lower()
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    """An event's fields. The user's own, whose names may be any, stay together under one name."""
+    if isinstance(event, UserLine):
+        return {"name": event.name, "message": event.message, "fields": dict(event.fields)}
+    return event._asdict()
+
+
+def _timestamp(unix_seconds: float) -> str:
+    whole, milliseconds = divmod(round(unix_seconds * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+
+
+def _plain(value: object) -> str:
+    return error_text(value) if isinstance(value, BaseException) else str(value)
+
+
+def _console_line(_logger: object, _level: str, entry: MutableMapping[str, Any]) -> str:
+    """``12:00:00.250Z info    phase_ended name=minilm phase=weight_load seconds=0.062 skipped=''``."""
+    moment, level, event = entry.pop("timestamp").partition("T")[2], entry.pop("level"), entry.pop("event")
+    return " ".join(
+        (moment, f"{level:7}", event, *(f"{field}={_console_value(value)}" for field, value in entry.items()))
+    )
+
+
+def _console_value(value: object) -> str:
+    """A value on one line: texts that could be mistaken or could steer a terminal are quoted and escaped."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, BaseException):
+        value = error_text(value)
+    if isinstance(value, str) and re.fullmatch("[!#-&(-<>-~]+", value):
+        return value
+    return repr(value)
+
+
+def _masker(settings: Settings) -> Callable[[object, str, Any], str]:
+    """Events carry no secrets, but the text of a foreign error might: blot our own out of the finished line.
+
+    Short texts are left: they are nobody's secret and would blot out ordinary words.
+    """
+    secrets = [getattr(settings, setting.field) for setting in SETTINGS if setting.secret]
+    forms = {form for text in secrets if len(text) >= _SECRET_CHARACTERS for form in _written_forms(text)}
+
+    def mask(_logger: object, _level: str, line: Any) -> str:
+        for form in forms:
+            line = line.replace(form, MASK)
+        return str(line)
+
+    return mask
+
+
+def _written_forms(text: str) -> tuple[str, ...]:
+    """How ``text`` may look in a line: as it is, inside a repr, inside a repr that escapes quotes, inside JSON."""
+    escaped = text.replace("\\", "\\\\")
+    return text, escaped, escaped.replace("'", "\\'"), escaped.replace('"', '\\"')

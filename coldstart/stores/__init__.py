@@ -1,0 +1,91 @@
+"""Snapshot stores: one address opens one store, and only the code of that store is imported.
+
+``open_store`` is the one place that knows every kind of store. A store reached over a network comes wrapped in
+``retrying.RetryingStore``; a local one answers or fails at once and needs no wrapper.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart.errors import StoreSetupError
+
+if TYPE_CHECKING:
+    from coldstart.stores.base import Store
+
+SCHEMES = ("file", "s3", "r2", "memory")
+"""What may stand before ``://`` in a store's address; a plain path is ``file``."""
+
+_MASK = "***"
+
+
+class StoreOptions(NamedTuple):
+    """What an address leaves open. "" is unset: the store's own default, for credentials the usual AWS chain.
+
+    ``endpoint_url``: an S3-compatible server instead of AWS. ``r2_account_id`` gives the endpoint of ``r2://``
+    addresses. The two keys come together or not at all. The repr masks them; a pickle holds them.
+    """
+
+    endpoint_url: str = ""
+    region: str = ""
+    access_key_id: str = ""
+    secret_access_key: str = ""
+    session_token: str = ""
+    r2_account_id: str = ""
+
+    def __repr__(self) -> str:
+        shown = self._replace(
+            access_key_id=self.access_key_id and _MASK,
+            secret_access_key=self.secret_access_key and _MASK,
+            session_token=self.session_token and _MASK,
+        )
+        pairs = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, shown, strict=True))
+        return f"StoreOptions({pairs})"
+
+
+def open_store(url: str, options: StoreOptions = StoreOptions()) -> Store:  # noqa: B008  a frozen value
+    """Open the store at ``url``. No request is made and no folder created before the first operation.
+
+    ``memory://NAME`` (shared by name within the process), ``file:///folder`` or a plain path, ``s3://bucket/prefix``,
+    ``r2://bucket/prefix``. Raises StoreSetupError for an address or options that cannot be used.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return _open_folder(url)
+    if scheme == "file":
+        return _open_folder(_path_of(rest))
+    if scheme == "memory":
+        from coldstart.stores.memory import MemoryStore
+
+        return MemoryStore.shared(rest)
+    if scheme in ("s3", "r2"):
+        return _open_remote(url, options)
+    # The address is not repeated: what follows an unknown scheme may hold a password.
+    raise StoreSetupError(
+        f"unknown store scheme {scheme!r}: use {', '.join(f'{known}://' for known in SCHEMES)} or the path of a folder"
+    )
+
+
+def _path_of(rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise StoreSetupError(f"file://{rest} names a host: a folder's address has three slashes, file:///folder")
+    if "%" not in path:
+        return f"/{path}"
+    from urllib.parse import unquote
+
+    return f"/{unquote(path)}"
+
+
+def _open_folder(path: str) -> Store:
+    from coldstart.stores.local import LocalStore
+
+    return LocalStore(path)
+
+
+def _open_remote(url: str, options: StoreOptions) -> Store:
+    from coldstart.stores.location import locate
+    from coldstart.stores.retrying import RetryingStore
+    from coldstart.stores.s3 import S3Store
+
+    return RetryingStore(S3Store(locate(url, options), options))

@@ -1,0 +1,369 @@
+"""A store in an S3-compatible bucket: AWS S3, Cloudflare R2 and servers that speak the same protocol. Uses boto3.
+
+What is done against habits of the client library and of servers:
+
+- one attempt a call: botocore's own retries differ by version and repeat conditional writes blindly;
+- a range's answer is believed only with status 206, the asked Content-Range and the asked number of bytes;
+- every write carries Content-MD5, the checksum that most servers check. botocore's own trailing checksums are not
+  understood everywhere, and batch deletions need them, so deletions are single;
+- the instance metadata service is never asked for credentials: outside EC2 that stalls a start for seconds. The
+  environment, profiles, SSO, web identity and container credentials work as usual;
+- addresses are path-style, and the endpoint comes from ``location``, never from AWS_ENDPOINT_URL.
+
+No error text, repr or address of this module holds a credential.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import closing, contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from coldstart.errors import (
+    AccessDeniedError,
+    BlobCorruptError,
+    ConditionFailedError,
+    ObjectMissingError,
+    StoreError,
+    StoreSetupError,
+    StoreTransientError,
+)
+from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from datetime import datetime
+
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from coldstart.stores import StoreOptions
+    from coldstart.stores.location import BucketLocation
+
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 20
+"""The longest silence of a server within one call, not the length of the call."""
+CONNECTIONS = 32
+
+_PIECE_BYTES = 1 << 20
+
+
+class S3Store(Store):
+    """Objects of one bucket below one prefix.
+
+    ``capabilities`` says what the server is known to enforce; a condition that it does not enforce is not sent. An
+    object is written by one PUT. Raises StoreSetupError where boto3 is missing or the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        location: BucketLocation,
+        options: StoreOptions,
+        *,
+        capabilities: Capabilities = Capabilities(create_if_absent=True, compare_and_swap=True, ranges=True),  # noqa: B008
+    ) -> None:
+        self._location = location
+        self._capabilities = capabilities
+        self._client = _client(location, options)
+
+    @property
+    def url(self) -> str:
+        """Scheme, bucket and prefix; neither endpoint nor credentials."""
+        return f"{self._location.scheme}://{self._location.bucket}/{self._location.prefix}".rstrip("/")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the constructor was given."""
+        return self._capabilities
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    def get(self, key: str) -> StoredObject:
+        """One GET; the etag is the server's, as it sent it."""
+        with self._mapped(key):
+            answer = self._client.get_object(**self._object(key))
+            with closing(answer["Body"]) as body:
+                data: bytes = body.read()
+        if len(data) != answer.get("ContentLength"):
+            raise StoreTransientError(
+                f"{self.url} sent {len(data)} bytes of {key!r}, not the length it announced", key=key
+            )
+        return StoredObject(data, self._etag(answer, key))
+
+    def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
+        """One ranged GET, put into ``target`` piece by piece as it comes."""
+        if not len(target):
+            self.head(key)  # an empty range cannot be asked for
+            return
+        end = offset_bytes + len(target) - 1
+        with self._mapped(key):
+            answer = self._client.get_object(**self._object(key), Range=f"bytes={offset_bytes}-{end}")
+            with closing(answer["Body"]) as body:
+                self._check_range(answer, key, offset_bytes, end)
+                self._fill(target, body, key)
+
+    def head(self, key: str) -> ObjectInfo:
+        """One HEAD; the age is by the server's clock."""
+        with self._mapped(key):
+            answer = self._client.head_object(**self._object(key))
+        return self._info(key, answer.get("ContentLength"), answer.get("LastModified"))
+
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """One PUT."""
+        body = bytes(data)  # boto3 takes no view; a file-like body would bring "Expect: 100-continue", which R2 lacks
+        conditions = self._conditions(if_absent=if_absent, if_match=if_match)
+        with self._mapped(key, conditional=bool(conditions)):
+            answer = self._client.put_object(**self._object(key), Body=body, ContentMD5=_md5(body), **conditions)
+        return self._etag(answer, key)
+
+    def delete(self, key: str) -> None:
+        """One DELETE."""
+        try:
+            with self._mapped(key):
+                self._client.delete_object(**self._object(key))
+        except ObjectMissingError:
+            return
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """A page of up to 1000 objects a request. What is no key of ours is left out."""
+        if prefix:
+            check_key(prefix.removesuffix("/"))
+        return self._pages(prefix)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _pages(self, prefix: str) -> Iterator[ObjectInfo]:
+        asked: dict[str, str] = {"Bucket": self._location.bucket, "Prefix": self._full(prefix)}
+        while True:
+            with self._mapped(prefix):
+                page = self._client.list_objects_v2(**asked)
+            for found in page.get("Contents", ()):
+                key = found.get("Key", "")[len(self._full("")) :]
+                if _is_key(key):  # others may share the bucket
+                    yield self._info(key, found.get("Size"), found.get("LastModified"))
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page.get("NextContinuationToken", "")
+
+    def _full(self, key: str) -> str:
+        return f"{self._location.prefix}/{key}" if self._location.prefix else key
+
+    def _object(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._location.bucket, "Key": self._full(check_key(key))}
+
+    def _conditions(self, *, if_absent: bool, if_match: str | None) -> dict[str, str]:
+        if if_absent and self._capabilities.create_if_absent:
+            return {"IfNoneMatch": "*"}
+        if if_match is not None and self._capabilities.compare_and_swap:
+            return {"IfMatch": if_match}
+        return {}
+
+    def _info(self, key: str, size_bytes: int | None, modified: datetime | None) -> ObjectInfo:
+        if size_bytes is None or modified is None:
+            raise StoreTransientError(f"{self.url} gave neither size nor age of {key!r}", key=key)
+        return ObjectInfo(key, size_bytes, modified.timestamp())
+
+    def _etag(self, answer: Mapping[str, Any], key: str) -> str:
+        etag: str = answer.get("ETag", "")
+        if not etag:
+            raise StoreTransientError(f"{self.url} answered without an ETag for {key!r}", key=key)
+        return etag
+
+    def _check_range(self, answer: Mapping[str, Any], key: str, start: int, end: int) -> None:
+        status = answer["ResponseMetadata"]["HTTPStatusCode"]
+        parts = re.match(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)\Z", answer.get("ContentRange", ""))
+        if parts and parts[3] != "*" and int(parts[3]) <= end:
+            raise BlobCorruptError(
+                f"{key!r} in {self.url} has {parts[3]} bytes, bytes {start}-{end} were asked for", key=key
+            )
+        exact = (
+            parts and (int(parts[1]), int(parts[2])) == (start, end) and answer.get("ContentLength") == end - start + 1
+        )
+        if status != 206 or not exact:  # noqa: PLR2004
+            raise StoreTransientError(
+                f"{self.url} was asked for bytes {start}-{end} of {key!r} and answered {status} with others; "
+                "a proxy or cache in between may do that",
+                key=key,
+            )
+
+    def _fill(self, target: memoryview, body: Any, key: str) -> None:
+        done = 0
+        while done < len(target):
+            piece = body.read(min(_PIECE_BYTES, len(target) - done))
+            if not piece:
+                raise StoreTransientError(f"{self.url} ended {key!r} after {done} of {len(target)} bytes", key=key)
+            target[done : done + len(piece)] = piece
+            done += len(piece)
+
+    @contextmanager
+    def _mapped(self, key: str, *, conditional: bool = False) -> Iterator[None]:
+        """Turn what boto3 raises, and what is below it, into our errors. ``conditional``: the call is such a write."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except ClientError as error:
+            raise _refusal(error, self.url, key, conditional=conditional) from error
+        except BotoCoreError as error:
+            raise _failure(error, self.url, key) from None  # its text may hold what a credential helper printed,
+        except (ResponseParserError, HTTPError, ValueError) as error:  # or a proxy's page; ValueError: a bad header
+            raise _unreachable(error, self.url, key) from None
+
+
+def _client(location: BucketLocation, options: StoreOptions) -> Any:
+    if bool(options.access_key_id) != bool(options.secret_access_key) or (
+        options.session_token and not options.access_key_id
+    ):
+        raise StoreSetupError("the access key id and the secret access key are given together or not at all")
+    try:
+        boto3_session: Any = import_module("boto3.session")
+        core_session: Any = import_module("botocore.session")
+        config: Any = import_module("botocore.config")
+    except ImportError as error:
+        raise StoreSetupError('s3:// and r2:// stores need boto3: pip install "coldstart-gpu[s3]"') from error
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        core = core_session.Session()
+        core.get_component("credential_provider").remove("iam-role")
+        session = boto3_session.Session(botocore_session=core)
+        return session.client(
+            "s3",
+            endpoint_url=location.endpoint_url or None,
+            region_name=location.region or session.region_name or "us-east-1",
+            aws_access_key_id=options.access_key_id or None,
+            aws_secret_access_key=options.secret_access_key or None,
+            aws_session_token=options.session_token or None,
+            config=config.Config(
+                signature_version="s3v4",
+                s3={"addressing_style": "path"},
+                ignore_configured_endpoint_urls=True,
+                defaults_mode="legacy",  # "auto" asks the metadata service for a region
+                retries={"mode": "standard", "total_max_attempts": 1},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                connect_timeout=CONNECT_TIMEOUT_SECONDS,
+                read_timeout=READ_TIMEOUT_SECONDS,
+                max_pool_connections=CONNECTIONS,
+            ),
+        )
+    except (BotoCoreError, ValueError) as error:
+        raise StoreSetupError(
+            f"boto3 cannot make a client for {location.scheme}://{location.bucket}: {error}"
+        ) from error
+
+
+def _md5(data: bytes) -> str:
+    from base64 import b64encode
+    from hashlib import md5
+
+    return b64encode(md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _is_key(key: str) -> bool:
+    try:
+        check_key(key)
+    except StoreSetupError:
+        return False
+    return True
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+_ADVICE_ON_ACCESS = (
+    "check the credentials and what they may do. S3 answers so for a missing object too where they may not list the "
+    "bucket, and R2 for up to a minute after a token was made"
+)
+_REFUSED = (AccessDeniedError, _ADVICE_ON_ACCESS)
+_NO_BUCKET = (StoreSetupError, "the bucket does not exist at this endpoint: create it, or correct its name")
+_OTHER_REGION = (StoreSetupError, "the bucket lives in another region: set the store's region")
+_NO_CONDITIONS = (StoreSetupError, "the server does not implement this request: use a store that does")
+_MAY_PASS = (StoreTransientError, "the server is overloaded, or failed; it may work when asked again")
+_MISSING = (ObjectMissingError, "nothing is stored there")
+_LOST = (ConditionFailedError, "it exists already, or has changed since it was read")
+_UNEXPECTED = (StoreError, "the server refused the request")
+
+_BY_CODE: Mapping[str, tuple[type[StoreError], str]] = {
+    "NoSuchBucket": _NO_BUCKET,
+    "InvalidBucketName": _NO_BUCKET,
+    "PermanentRedirect": _OTHER_REGION,
+    "AuthorizationHeaderMalformed": _OTHER_REGION,
+    "IllegalLocationConstraintException": _OTHER_REGION,
+    "ExpiredToken": _REFUSED,
+    "InvalidToken": _REFUSED,
+    "RequestTimeTooSkewed": (AccessDeniedError, "the clock of this machine is wrong: set it"),
+    "RequestTimeout": _MAY_PASS,
+    "RequestTimeTooSlow": _MAY_PASS,
+    "ClientDisconnect": _MAY_PASS,
+    "IncompleteBody": _MAY_PASS,
+    "BadDigest": _MAY_PASS,  # the bytes changed on their way
+    "NotImplemented": _NO_CONDITIONS,
+}
+_BY_STATUS: Mapping[int, tuple[type[StoreError], str]] = {
+    301: _OTHER_REGION,
+    307: _OTHER_REGION,
+    308: _OTHER_REGION,
+    401: _REFUSED,
+    403: _REFUSED,
+    404: _MISSING,
+    408: _MAY_PASS,
+    409: _MAY_PASS,
+    425: _MAY_PASS,
+    429: _MAY_PASS,
+    499: _MAY_PASS,
+    501: _NO_CONDITIONS,
+}
+
+
+def _refusal(error: ClientError, url: str, key: str, *, conditional: bool) -> StoreError | BlobCorruptError:
+    """What an answer with an error status means. Of its body only the code is shown: the rest may echo the request."""
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    shown = code if code.isascii() and code.isalnum() and len(code) <= 64 else "no code"  # noqa: PLR2004
+    if status == 416:  # noqa: PLR2004
+        return BlobCorruptError(f"{key!r} in {url} is shorter than what was asked of it", key=key)
+    kind, advice = _meaning(status, code, conditional=conditional)
+    return kind(f"{url} answered {status} ({shown}) for {key!r}: {advice}", key=key)
+
+
+def _meaning(status: int, code: str, *, conditional: bool) -> tuple[type[StoreError], str]:
+    if code in _BY_CODE:
+        return _BY_CODE[code]
+    if conditional and status in (404, 409, 412):  # 409: AWS, for a race; 404: the object of an If-Match is gone
+        return _LOST
+    if status >= 500:  # noqa: PLR2004
+        return _BY_STATUS.get(status, _MAY_PASS)
+    return _BY_STATUS.get(status, _UNEXPECTED)
+
+
+def _failure(error: BotoCoreError, url: str, key: str) -> StoreError:
+    """What an error of the client itself means, which no server sent."""
+    from botocore import exceptions as known
+
+    name = type(error).__name__
+    if isinstance(error, known.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return StoreSetupError(f"the certificate of {url} is not trusted by this machine ({name}) for {key!r}", key=key)
+    if isinstance(error, (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError)):
+        return _unreachable(error, url, key)
+    if isinstance(
+        error, (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError, known.SSOError)
+    ):
+        return AccessDeniedError(
+            f"no usable credentials for {url} ({name}): give them as settings or to the AWS chain", key=key
+        )
+    return StoreSetupError(
+        f"boto3 cannot ask {url} for {key!r} ({name}): check the AWS settings of this machine", key=key
+    )
+
+
+def _unreachable(error: Exception, url: str, key: str) -> StoreTransientError:
+    return StoreTransientError(
+        f"{url} could not be reached, or broke off, at {key!r} ({type(error).__name__}); it may work when asked again",
+        key=key,
+    )

@@ -1,0 +1,72 @@
+"""``check``: does a handler restore as it loads? In real processes, with a temporary store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.config import child_environment
+from coldstart.definition import definition_of
+from coldstart.errors import ColdstartError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+CHECK_SECONDS = 600.0
+
+
+class CheckFailed(ColdstartError, AssertionError):
+    """A handler does not do in a restored process what it does in the first one."""
+
+
+class CheckReport(NamedTuple):
+    """``outputs``: the first worker's answer to each input. ``rung``: what the snapshot holds (arrays, files)."""
+
+    outputs: tuple[Any, ...]
+    rung: str
+    raw_bytes: int
+    stored_bytes: int
+
+
+def check(handler: Any, *, inputs: Sequence[Any]) -> CheckReport:
+    """Start the handler in a fresh process that loads and captures, then once per input in processes that restore.
+
+    Raises CheckFailed when no snapshot comes of it, when a start is not ``restored``, or when an answer differs
+    from the first worker's.
+    """
+    definition = definition_of(handler)
+    target = f"{definition.code.co_filename}:{definition.name}"
+    if not inputs:
+        raise CheckFailed("check(handler, inputs=[...]) needs at least one input")
+    with tempfile.TemporaryDirectory(prefix="coldstart-check-") as folder:
+        changes = {"COLDSTART_STORE": f"file://{folder}/store", "COLDSTART_FILES_FOLDER": f"{folder}/files"}
+        changes["COLDSTART_LOG"] = "off"
+        first = _run(target, inputs[0], changes)
+        if not first["capture"]["published"]:
+            raise CheckFailed(f"{definition.name!r} made no snapshot: {first['capture']['reason']}")
+        loaded = [first["output"]] + [_run(target, value, {**changes, "COLDSTART_STORE": "off"})["output"] for value in inputs[1:]]
+        restored = [_run(target, value, changes) for value in inputs]
+    for value, expected, got in zip(inputs, loaded, restored, strict=True):
+        if got["start"]["kind"] != "restored":
+            raise CheckFailed(f"{definition.name!r} started {got['start']['kind']}: {got['start']['reason']}")
+        if got["output"] != expected:
+            raise CheckFailed(f"{definition.name!r} answers {value!r} differently when restored: {got['output']!r}, not {expected!r}")
+    start = restored[0]["start"]
+    return CheckReport(tuple(loaded), start["rung"], start["bytes"]["raw"], start["bytes"]["stored"])
+
+
+def _run(target: str, value: Any, changes: Mapping[str, str]) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "coldstart", "run", target, "--input", json.dumps(value), "--json"],
+        env=child_environment(changes),
+        capture_output=True,
+        text=True,
+        timeout=CHECK_SECONDS,
+        check=False,
+    )
+    if done.returncode:
+        raise CheckFailed(f"the handler's process failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,472 @@
+"""The worker: one handler's state machine in one process, and the one place where the order of a start is written.
+
+::
+
+    new -> starting -> ready -> closing -> closed
+                 \\-> failed
+
+A start runs in a thread of its own. Whoever asks first begins it (``coldstart run|serve``, ``prefetch``, an adapter, an
+event); everybody else waits for the same one. ``Worker._start`` reads from top to bottom like the timeline of a cold start.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart import events
+from coldstart.config import Settings, load, platform_name
+from coldstart.definition import accepts
+from coldstart.errors import ColdstartError, ForkError, HandlerError, StartError
+from coldstart.loops import Loops
+from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
+from coldstart.parts import Early, Parts, Services, early_restorations
+from coldstart.record import start_record
+from coldstart.resnapshot import Resnapshot
+from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+    from coldstart.definition import Definition
+    from coldstart.resnapshot import Outcome, Plan
+
+SINK_QUIET_SECONDS = 1.0
+"""How long a ready worker waits for its first answer before log lines are written after all (importing structlog takes time)."""
+STOP_SECONDS = 2.0
+
+
+class _Registry:
+    """The workers and early starts of this process. A forked child keeps ready workers and loses those that were starting."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.workers: dict[str, Worker] = {}
+        self.early: dict[str, Early] = {}
+        self.serving = False
+        self.pinned: Mapping[str, str] = {}
+        self.fork_watched = False
+
+    def watch_forks(self) -> None:
+        if not self.fork_watched:
+            os.register_at_fork(after_in_child=self._forked)
+            self.fork_watched = True
+
+    def _forked(self) -> None:
+        self.lock = threading.Lock()
+        self.early.clear()
+        for worker in self.workers.values():
+            worker.forked()
+
+
+_registry = _Registry()
+
+
+def enter_serving(*, pinned: Mapping[str, str] | None = None) -> None:
+    """Say that this process serves (a command, an adapter): starts use the configured store even if it is the default one.
+
+    ``pinned``: part -> manifest key that a proof restores, with nothing to fall back on.
+    """
+    _registry.serving = True
+    _registry.pinned = pinned or {}
+
+
+def begin_early(path: str, name: str | None = None) -> str:
+    """Begin to restore what handler ``name`` of the file ``path`` will need, before the file is imported.
+
+    What is needed is read from the file's source. Returns why that could not be done (the start then begins with the
+    import), else "". The outcome is used only if the imported module has the same key.
+    """
+    with _registry.lock:
+        early, reason = early_restorations(path, name, _services(_registry.serving, _registry.pinned))
+        if early is not None and early.name not in _registry.early and early.name not in _registry.workers:
+            _registry.early[early.name] = early
+        return reason
+
+
+def worker_for(definition: Definition) -> Worker:
+    """The one worker of this process for a handler. Its start has not necessarily begun.
+
+    Raises HandlerError when another handler of the same name has a worker already.
+    """
+    with _registry.lock:
+        worker = _registry.workers.get(definition.name)
+        if worker is None:
+            _registry.watch_forks()
+            services = _services(_registry.serving, _registry.pinned)
+            early = _registry.early.pop(definition.name, None)
+            worker = _registry.workers[definition.name] = Worker(definition, services, early)
+        elif worker.place != _place(definition):
+            raise HandlerError(
+                f"two handlers are named {definition.name!r}: {worker.place} and {_place(definition)}; a name stands for one snapshot"
+            )
+        return worker
+
+
+def forget_workers() -> None:
+    """Close all workers of this process and forget them. For tests, which start many in one process."""
+    with _registry.lock:
+        workers, _registry.workers, _registry.early = list(_registry.workers.values()), {}, {}
+        _registry.serving, _registry.pinned = False, {}
+    for worker in workers:
+        worker.close()
+
+
+def _place(definition: Definition) -> tuple[str, int]:
+    return (os.path.realpath(definition.code.co_filename), definition.code.co_firstlineno)
+
+
+def _services(serving: bool, pinned: Mapping[str, str]) -> Services:  # noqa: FBT001
+    return Services(load(), serving, pinned, events.bus)
+
+
+class Stats(NamedTuple):
+    """Counts of a worker's events."""
+
+    served: int
+    failed: int
+    in_flight: int
+
+
+class Worker:
+    """One handler in one process. See the module's docstring; ``model`` is the handler's second argument once ready."""
+
+    def __init__(self, definition: Definition, services: Services, early: Early | None) -> None:
+        self.definition = definition
+        self.place = _place(definition)
+        self.model: Any = None
+        self.state = "new"
+        self.kind = "cold"
+        self.record: dict[str, Any] = {}
+        self.warmup = WarmupReport((), 0, 0)
+        self.metrics = WorkerMetrics()
+        self.timeline = early.timeline if early else Timeline(process_clock())
+        self.resnapshot: Resnapshot | None = None
+        self._parts: Parts | None = None
+        self._plans: list[Plan] = []
+        self._services = services
+        self._early = early
+        self._loops = Loops(needs_serving_loop=definition.kind in ("async", "async_generator"))
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._waiters: list[Callable[[], None]] = []
+        self._error: BaseException | None = None
+        self._function = definition.function
+        if definition.owner is not None:
+            self._function = lambda event, instance: definition.function(instance, event)
+        self._in_flight = 0
+        self._served = 0
+        self._failed = 0
+        self._idle_since = time.monotonic()
+        self._answered = threading.Event()
+
+    # --- the gate ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin the start, unless it is under way or over."""
+        with self._lock:
+            if self.state != "new":
+                return
+            self._become("starting")
+        threading.Thread(target=self._run_start, name=f"coldstart-start-{self.definition.name}", daemon=True).start()
+
+    def wait(self) -> Worker:
+        """Begin if need be, and wait until the worker is ready. Raises what made the start fail."""
+        self.begin()
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return self
+
+    async def wait_async(self) -> Worker:
+        """``wait`` for a coroutine: other tasks of its loop go on, and the user's async hooks run on that loop."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        self._loops.attach(loop)
+        future: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(settle)
+
+        with self._lock:
+            if not self._ended.is_set():
+                self._waiters.append(wake)
+        self.begin()
+        if not self._ended.is_set():
+            await future
+        return self.wait()
+
+    def forked(self) -> None:
+        """In a forked child: a ready worker serves on without making snapshots, a starting one has failed."""
+        self._lock = threading.Lock()
+        self.resnapshot = None
+        if self.state == "starting":
+            self._error = ForkError(
+                f"the process forked while {self.definition.name!r} was starting; fork after it is ready, or start in the child",
+                snapshot=self.definition.name,
+            )
+            self._become("failed")
+            self._ended.set()
+
+    # --- answering ---------------------------------------------------------------------------------------------------
+
+    def answer(self, event: Any) -> Any:
+        """Answer one event with the user's function (kind ``sync``)."""
+        began = self._enter()
+        try:
+            result = self._function(event, self.model)
+        except BaseException:
+            self._leave(began, failed=True)
+            raise
+        self._leave(began, failed=False)
+        return result
+
+    def stream(self, event: Any) -> Iterator[Any]:
+        """Answer one event piece by piece (kind ``generator``)."""
+        began = self._enter()
+        failed = True
+        try:
+            yield from self._function(event, self.model)
+            failed = False
+        except GeneratorExit:
+            failed = False
+            raise
+        finally:
+            self._leave(began, failed=failed)
+
+    async def answer_async(self, event: Any) -> Any:
+        """Answer one event (kind ``async``)."""
+        began = self._enter()
+        try:
+            result = await self._function(event, self.model)
+        except BaseException:
+            self._leave(began, failed=True)
+            raise
+        self._leave(began, failed=False)
+        return result
+
+    async def stream_async(self, event: Any) -> AsyncIterator[Any]:
+        """Answer one event piece by piece (kind ``async_generator``)."""
+        began = self._enter()
+        failed = True
+        try:
+            async for piece in self._function(event, self.model):
+                yield piece
+            failed = False
+        except GeneratorExit:
+            failed = False
+            raise
+        finally:
+            self._leave(began, failed=failed)
+
+    def _enter(self) -> float:
+        with self._lock:
+            self._in_flight += 1
+        return time.perf_counter()
+
+    def _leave(self, began: float, *, failed: bool) -> None:
+        now = time.perf_counter()
+        with self._lock:
+            self._in_flight -= 1
+            self._served += 1
+            self._failed += failed
+            self._idle_since = time.monotonic()
+        self.metrics.warm.add(now - began)
+        if not self._answered.is_set():
+            self._answered.set()
+
+    @property
+    def stats(self) -> Stats:
+        """How many events were served, failed, and are being served."""
+        return Stats(self._served, self._failed, self._in_flight)
+
+    def wait_idle(self, seconds: float) -> None:
+        """Wait until no event has been served for ``seconds``; with 0, give way for at most 50 ms while one is."""
+        if seconds == 0.0:
+            deadline = time.monotonic() + 0.05
+            while self._in_flight and time.monotonic() < deadline:
+                time.sleep(0.002)
+            return
+        while self.state == "ready":
+            rest = seconds if self._in_flight else self._idle_since + seconds - time.monotonic()
+            if rest <= 0:
+                return
+            time.sleep(rest)
+
+    # --- the start ---------------------------------------------------------------------------------------------------
+
+    def _run_start(self) -> None:
+        try:
+            self._start()
+        except BaseException as error:  # noqa: BLE001  the start's edge: every waiter gets the error
+            self._fail(error)
+            return
+        with self._lock:
+            self._become("ready")
+            self._idle_since = time.monotonic()
+            self.definition.ready_worker = self
+        self._release()
+        threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True).start()
+
+    def _start(self) -> None:
+        """The order of a start. Every line of the timeline is begun here."""
+        definition, name = self.definition, self.definition.name
+        phases = Phases(
+            name,
+            self.timeline,
+            events.bus,
+            skip=(*definition.warmup.skip, *self._services.settings.skip_phases),
+            target_seconds=definition.warmup.target_seconds,
+        )
+        parts = Parts(definition, self._services, self.timeline, self._early, self._loops)
+        events.bus.publish(events.StartBegan(name, parts.key_digest, self.timeline.clock()))
+        state = phases.run("weight_load", parts.load_state)
+        self.kind = parts.kind
+        phases.run("pool_alloc", None, reason="the allocation plan lists no memory beyond the arrays")
+        compiled = phases.run(
+            "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
+        )
+        state = state if compiled is None else compiled
+        made = phases.run("custom_init", self._hook(definition.init, parts.context, state), reason="no init=")
+        self.model = state if definition.owner is not None or definition.init is None else made
+        inputs = definition.warmup.inputs
+        warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
+        report = self.warmup = warmed or WarmupReport((), 0, 0)
+        self._parts = parts
+        self._plans = parts.capture_plans(report.digests[0] if report.digests else (), self.place[0])
+        self.metrics.cold.add(self.timeline.clock())
+        self.record = start_record(definition, parts, phases.records, self.timeline, report)
+        events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
+
+    def _hook(self, hook: Callable[..., Any] | None, context: Any, state: Any) -> Callable[[], Any] | None:
+        """A user's ``compile`` or ``init`` as the work of a phase; in class form ``state`` is the instance itself."""
+        if hook is None:
+            return None
+        if self.definition.owner is not None:
+            return lambda: self._loops.finish(hook(state, context) if accepts(hook, 2) else hook(state))
+        return lambda: self._loops.finish(hook(context, state))
+
+    def _warmup(self) -> WarmupReport:
+        warmup = self.definition.warmup
+        iterations = max(warmup.iterations, DIGESTED_ITERATIONS) if self._services.pinned else warmup.iterations
+        return warm_up(
+            warmup.inputs, self._answer_once, iterations=iterations, maximum_seconds=warmup.maximum_seconds
+        )
+
+    def _answer_once(self, event: Any) -> Any:
+        """Answer a warm-up event in full: a stream's pieces come as a list. Not counted."""
+        return self._loops.finish(self._function(event, self.model), collect=True)
+
+    def note_import(self, began_monotonic_seconds: float, ended_monotonic_seconds: float) -> None:
+        """Put the import of the handler's file, which whoever imported it has timed, on the timeline."""
+        offset = self.timeline.clock() - time.monotonic()
+        self.timeline.record(
+            Span("import handler", "main", began_monotonic_seconds + offset, ended_monotonic_seconds + offset)
+        )
+
+    # --- after ready -------------------------------------------------------------------------------------------------
+
+    def _after_ready(self) -> None:
+        """What must not delay the first answer: logs, the start record, and a new generation if one is due."""
+        settings = self._services.settings
+        self._answered.wait(SINK_QUIET_SECONDS)
+        attach_sink(settings)
+        if self.state != "ready" or self._parts is None:
+            return
+        self._parts.write_record(self.record)
+        if self._plans:
+            self.resnapshot = Resnapshot(
+                self._plans,
+                self._parts.open_repository,
+                encoding=self._parts.encoding,
+                idle=self.wait_idle,
+                idle_seconds=settings.capture_idle_seconds,
+                policy=self.definition.policy,
+                served=lambda: self._served,
+                bus=events.bus,
+            )
+
+    def capture_outcomes(self, seconds: float) -> list[Outcome]:
+        """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""
+        deadline = time.monotonic() + seconds
+        while self._plans and self.resnapshot is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self.resnapshot is None:
+            return []
+        self.resnapshot.wait_first(max(0.0, deadline - time.monotonic()))
+        return list(self.resnapshot.outcomes)
+
+    @property
+    def capture_reason(self) -> str:
+        """Why this worker makes no snapshot, or "" if it does."""
+        return self._parts.no_capture_reason if self._parts and not self._plans else ""
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the worker: stop a capture, run the user's ``close``. Safe to call twice."""
+        with self._lock:
+            ready = self.state == "ready"
+            if self.state in ("closing", "closed"):
+                return
+            self._become("closing")
+            self.definition.ready_worker = None
+        if self.resnapshot is not None:
+            self.resnapshot.stop(STOP_SECONDS)
+        try:
+            if ready and self.definition.close is not None:
+                self._loops.finish(self.definition.close(self.model))
+        finally:
+            self._loops.close()
+            self._become("closed")
+
+    def _fail(self, error: BaseException) -> None:
+        name = self.definition.name
+        if not isinstance(error, ColdstartError):
+            wrapped = StartError(f"the start of {name!r} failed: {type(error).__name__}: {error}", snapshot=name)
+            wrapped.__cause__ = error
+            error = wrapped
+        self._error = error
+        self.metrics.failures += 1
+        events.bus.publish(events.WorkerFailed(name, f"{type(error).__name__}: {error}"))
+        with self._lock:
+            self._become("failed")
+        self._release()
+        attach_sink(self._services.settings)
+
+    def _release(self) -> None:
+        with self._lock:
+            self._ended.set()
+            waiters, self._waiters = self._waiters, []
+        for wake in waiters:
+            wake()
+
+    def _become(self, state: str) -> None:
+        old, self.state = self.state, state
+        events.bus.publish(events.StateChanged(self.definition.name, old, state))
+
+
+_sink_lock = threading.Lock()
+_sink_attached = False
+
+
+def attach_sink(settings: Settings) -> None:
+    """Begin to write log lines, with those kept so far, unless logs are off. Imports structlog: never before an answer."""
+    global _sink_attached  # noqa: PLW0603  once a process
+    with _sink_lock:
+        if _sink_attached or settings.log == "off":
+            return
+        _sink_attached = True
+    from coldstart.sinks import attach_structlog
+
+    attach_structlog(events.bus, settings)
+
+
+__all__ = ["Worker", "begin_early", "enter_serving", "forget_workers", "platform_name", "worker_for"]

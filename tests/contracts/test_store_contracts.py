@@ -1,0 +1,82 @@
+"""Every store, bare and wrapped, keeps the contract of stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from coldstart.stores.base import Capabilities
+from coldstart.stores.local import LocalStore
+from coldstart.stores.location import locate
+from coldstart.stores.memory import MemoryStore
+from coldstart.stores.retrying import RetryingStore
+from coldstart.stores.s3 import S3Store
+from coldstart.testing import FakeClock, Fault, FaultyStore, LatencyStore, StoreContract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from coldstart.stores import StoreOptions
+    from coldstart.stores.base import Store
+
+
+class TestMemory(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return MemoryStore("test")
+
+
+class TestMemoryThatIgnoresConditions(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return MemoryStore(capabilities=Capabilities(create_if_absent=False, compare_and_swap=False, ranges=True))
+
+
+class TestLocal(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return LocalStore(tmp_path / "store")
+
+
+class TestLocalWithoutLinks(StoreContract):
+    """A file system without hard links: creating falls back to the folder's lock."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+        def no_link(source: str, target: str) -> None:
+            raise PermissionError(1, "Operation not permitted", source, None, target)
+
+        monkeypatch.setattr("os.link", no_link)
+        return LocalStore(tmp_path / "store")
+
+
+class TestS3(StoreContract):
+    @pytest.fixture
+    def store(self, s3_bucket: str, s3_options: StoreOptions) -> Iterator[Store]:
+        store = S3Store(locate(f"s3://{s3_bucket}/some/prefix", s3_options), s3_options)
+        yield store
+        store.close()
+
+
+class TestRetryingUnderFailures(StoreContract):
+    """One call in five fails before it takes effect; the wrapper makes that invisible."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        clock = FakeClock()
+        faulty = FaultyStore(MemoryStore(), [Fault("transient_before", times=None, probability=0.2)], clock=clock)
+        return RetryingStore(faulty, clock=clock)
+
+
+class TestFaultyWithoutFaults(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return FaultyStore(MemoryStore())
+
+
+class TestLatency(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return LatencyStore(MemoryStore(), latency_seconds=0.02, bytes_per_second=1e6, clock=FakeClock())
