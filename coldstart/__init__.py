@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coldstart.definition import Warmup as Warmup
     from coldstart.errors import ColdstartError as ColdstartError
 
-__version__ = "0.1.0"
+from coldstart.terms import VERSION as __version__
 
 # Public name -> the module that holds it. The whole public surface.
 _HOMES = {

@@ -7,6 +7,7 @@ are text, and kinds of functions are told by their code flags.
 from __future__ import annotations
 
 from coldstart.errors import HandlerError
+from coldstart.terms import BUFFER_KINDS, PHASES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from coldstart.worker import Worker
 
 _GENERATOR, _COROUTINE, _ASYNC_GENERATOR, _VARARGS = 0x20, 0x80, 0x200, 0x04  # inspect.CO_* flags
-KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
-PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_inference")
 _HOOKS = ("load", "build", "compile", "init", "close")
 CLASS_METHODS = (*_HOOKS, "handle")
 
@@ -191,9 +190,9 @@ def _check_options(definition: Definition) -> None:
         raise HandlerError(f"version={definition.version!r} must be a text that is not empty")
     if type(definition.concurrency) is not int or definition.concurrency < 1:
         raise HandlerError(f"concurrency={definition.concurrency!r} must be a whole number of at least 1")
-    wrong = sorted(set(definition.kinds.values()) - set(KINDS))
+    wrong = sorted(set(definition.kinds.values()) - set(BUFFER_KINDS))
     if wrong:
-        raise HandlerError(f"kinds= maps path prefixes to one of {', '.join(KINDS)}, not {', '.join(map(repr, wrong))}")
+        raise HandlerError(f"kinds= maps path prefixes to one of {', '.join(BUFFER_KINDS)}, not {', '.join(map(repr, wrong))}")
     if not isinstance(definition.policy, Policy):
         raise HandlerError("policy= takes a coldstart.Policy(...)")
 

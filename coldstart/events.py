@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import TypeAlias
 
-PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_inference")
-"""The named, timed parts of a start, in their order."""
-
 WORKER_STATES = ("new", "starting", "ready", "closing", "closed", "failed")
 
 KEPT_EVENTS = 1000

@@ -31,6 +31,7 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from coldstart.errors import FormatVersionError, ManifestError
+from coldstart.terms import BUFFER_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +59,6 @@ MAX_ITEM_BYTES = 64
 MAX_STORED_OVERHEAD_BYTES = 64 << 10
 """Stored bytes of a chunk may exceed its raw bytes by at most this and an eighth (frame headers)."""
 
-BUFFER_KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 RUNGS = ("files", "arrays")
 NO_BUFFER = -1
 """A leaf without elements has no bytes: all empty arrays share an address and none of them is tied to another."""

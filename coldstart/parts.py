@@ -28,6 +28,7 @@ from coldstart.repository import Lookup, Repository
 from coldstart.resnapshot import Plan, marks_of
 from coldstart.restore import Missing, Request, Restoration, Restored, Unusable, bind_arrays, rebuild_tree
 from coldstart.stores import StoreOptions, open_store
+from coldstart.terms import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -493,9 +494,7 @@ def _recovered(part: Part) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of what took part in this start, for the manifest and the record."""
-    from coldstart import __version__
-
-    found = {"coldstart": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    found = {"coldstart": VERSION, "python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("numpy", "torch", "transformers", "onnxruntime"):
         version = getattr(sys.modules.get(name), "__version__", None)
         if isinstance(version, str):

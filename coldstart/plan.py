@@ -12,6 +12,7 @@ Arithmetic only. The aim is that what did not change keeps its bytes in chunks t
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
+from zlib import crc32
 
 from coldstart.codecs import NAMES
 from coldstart.manifest import SEGMENT_ALIGNMENT_BYTES, Segment
@@ -149,10 +150,10 @@ def _parents_order(items: Sequence[Item], parent: Manifest | None) -> list[int]:
     """Indices of ``items``: those of the parent in its order, then the new ones in the order given."""
     if parent is None:
         return list(range(len(items)))
-    held = [(buffer.segment, buffer.offset_bytes, False, buffer.name) for buffer in parent.buffers]
-    held += [
-        (entry.segment, entry.offset_bytes, True, file_item_name(entry.root, entry.name)) for entry in parent.files
-    ]
+    held = [(buffer.segment, buffer.offset_bytes, buffer.length_bytes, False, buffer.name) for buffer in parent.buffers]
+    for entry in parent.files:
+        name = file_item_name(entry.root, entry.name)
+        held.append((entry.segment, entry.offset_bytes, entry.length_bytes, True, name))
     rank = {(is_file, name): number for number, (*_, is_file, name) in enumerate(sorted(held))}
     return sorted(range(len(items)), key=lambda index: rank.get((items[index].is_file, items[index].name), len(rank)))
 
@@ -170,7 +171,7 @@ def _extents(segment: int, members: Sequence[Item], target_bytes: int) -> Iterat
 def _cut(members: Sequence[Item], target_bytes: int) -> Iterator[int]:
     run: list[Item] = []
     for item in members:
-        if _padded(item.length_bytes) <= target_bytes:
+        if item.length_bytes <= target_bytes:
             run.append(item)
         else:
             yield from _runs(run, target_bytes)
@@ -213,12 +214,5 @@ def _run_end(members: Sequence[Item], begin: int, target_bytes: int) -> int:
         if length_bytes > target_bytes:
             return min(candidates)[1] if candidates else index
         if 2 * length_bytes >= target_bytes:
-            candidates.append((_name_hash(members[index].name), index + 1))
+            candidates.append((crc32(members[index].name.encode("utf-8", "surrogatepass")), index + 1))
     return len(members)
-
-
-def _name_hash(name: str) -> int:
-    """The same in every process and version; multiplied, because the checksums of similar names are close together."""
-    import zlib
-
-    return zlib.crc32(name.encode("utf-8", "surrogatepass")) * 0x9E3779B1 & 0xFFFFFFFF

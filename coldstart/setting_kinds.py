@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from coldstart.events import PHASES
+from coldstart.terms import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

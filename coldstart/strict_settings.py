@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from coldstart.config import SETTINGS, Given, explain
-from coldstart.events import PHASES
+from coldstart.terms import PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

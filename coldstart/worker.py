@@ -166,10 +166,8 @@ class Worker:
 
     def begin(self) -> None:
         """Begin the start, unless it is under way or over."""
-        with self._lock:
-            if self.state != "new":
-                return
-            self._become("starting")
+        if not self._become("starting", only_from=("new",)):
+            return
         threading.Thread(target=self._run_start, name=f"coldstart-start-{self.definition.name}", daemon=True).start()
 
     def wait(self) -> Worker:
@@ -308,9 +306,8 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  the start's edge: every waiter gets the error
             self._fail(error)
             return
-        with self._lock:
-            self._become("ready")
-            self._idle_since = time.monotonic()
+        self._idle_since = time.monotonic()
+        if self._become("ready", only_from=("starting",)):
             self.definition.ready_worker = self
         self._release()
         threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True).start()
@@ -412,12 +409,10 @@ class Worker:
 
     def close(self) -> None:
         """End the worker: stop a capture, run the user's ``close``. Safe to call twice."""
-        with self._lock:
-            ready = self.state == "ready"
-            if self.state in ("closing", "closed"):
-                return
-            self._become("closing")
-            self.definition.ready_worker = None
+        ready = self._become("closing", only_from=("ready",))
+        if not ready and not self._become("closing", only_from=("new", "starting", "failed")):
+            return
+        self.definition.ready_worker = None
         if self.resnapshot is not None:
             self.resnapshot.stop(STOP_SECONDS)
         try:
@@ -436,8 +431,7 @@ class Worker:
         self._error = error
         self.metrics.failures += 1
         events.bus.publish(events.WorkerFailed(name, f"{type(error).__name__}: {error}"))
-        with self._lock:
-            self._become("failed")
+        self._become("failed")
         self._release()
         attach_sink(self._services.settings)
 
@@ -448,9 +442,18 @@ class Worker:
         for wake in waiters:
             wake()
 
-    def _become(self, state: str) -> None:
-        old, self.state = self.state, state
+    def _become(self, state: str, *, only_from: tuple[str, ...] = ()) -> bool:
+        """Change the state, unless ``only_from`` says that this one does not lead there; True if it was changed.
+
+        Published outside the lock: a subscriber may call the worker.
+        """
+        with self._lock:
+            old = self.state
+            if only_from and old not in only_from:
+                return False
+            self.state = state
         events.bus.publish(events.StateChanged(self.definition.name, old, state))
+        return True
 
 
 _sink_lock = threading.Lock()

@@ -13,20 +13,32 @@ import pytest
 from coldstart.stores import StoreOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _OUTSIDE = ("COLDSTART_", "AWS_", "RUNPOD_", "MODAL_", "HF_")
 
 
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test sees the settings or the home of whoever runs it, nor leaves anything there."""
+def _clean(patch: pytest.MonkeyPatch, home: Path) -> None:
     for name in list(os.environ):
         if name.startswith(_OUTSIDE):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+            patch.delenv(name)
+    patch.setenv("HOME", str(home / "home"))
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def clean_environment_around_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures that outlive a test do not see the settings of whoever runs it either."""
+    with pytest.MonkeyPatch.context() as patch:
+        _clean(patch, tmp_path_factory.mktemp("outside"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test sees the settings or the home of whoever runs it, or of the test before, nor leaves anything there."""
+    _clean(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -42,16 +54,26 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def s3_options(s3_endpoint: str) -> StoreOptions:
     """Options that reach the moto server, which takes any credentials."""
     return StoreOptions(endpoint_url=s3_endpoint, region="us-east-1", access_key_id="id", secret_access_key="secret")
 
 
+@pytest.fixture(scope="session")
+def new_s3_bucket(s3_endpoint: str) -> Callable[[], str]:
+    """Makes a fresh, empty bucket on the moto server and returns its name."""
+
+    def make() -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        request = urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")
+        with urllib.request.urlopen(request, timeout=30):
+            return name
+
+    return make
+
+
 @pytest.fixture
-def s3_bucket(s3_endpoint: str) -> str:
+def s3_bucket(new_s3_bucket: Callable[[], str]) -> str:
     """A fresh, empty bucket on the moto server."""
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    request = urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")
-    with urllib.request.urlopen(request, timeout=30):
-        return name
+    return new_s3_bucket()

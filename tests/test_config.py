@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from coldstart import config
 from coldstart.cli import config as command
 from coldstart.errors import ConfigError
-from coldstart.events import PHASES
 from coldstart.strict_settings import problems, strict_model
+from coldstart.terms import PHASES
 
 HOME = {"HOME": "/home/ada"}
 SECRETS = {

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from coldstart.errors import (
     AccessDeniedError,
     BlobCorruptError,
-    ConditionFailedError,
     ObjectMissingError,
     StoreError,
     StoreSetupError,
@@ -26,14 +26,19 @@ from coldstart.errors import (
 )
 from coldstart.stores.local import ABANDONED_AFTER_SECONDS, LocalStore
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Where the store will be."""
     return tmp_path / "store"
 
 
 @pytest.fixture
 def store(folder: Path) -> LocalStore:
+    """A store that has not been written to."""
     return LocalStore(folder)
 
 
@@ -44,6 +49,7 @@ def run_child(script: str, *arguments: object) -> int:
 
 
 def files_of(folder: Path) -> set[str]:
+    """The names of all files below a folder, hidden ones too."""
     return {path.name for path in folder.rglob("*") if path.is_file()}
 
 
@@ -402,24 +408,24 @@ def test_processes_lose_no_acknowledged_swap(store: LocalStore, folder: Path):
 
 
 def test_no_write_slips_into_a_swap(store: LocalStore, folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Between a swap's last look and its rename, plain writes and deletions by others wait for the lock."""
-    import fcntl
+    """Between a swap's last look and its rename, plain writes and deletions by others wait for the folder's lock."""
+    etag = store.put("k", b"1")
+    taken = []
 
-    first = store.put("k", b"1")
-    real = os.rename
-    held = []
+    def under_lock(real: object) -> object:
+        def call(*arguments: str) -> None:
+            with open(folder / ".lock", "rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    taken.append(os.path.basename(arguments[-1]))
+            real(*arguments)
 
-    def rename(source: str, target: str) -> None:
-        with open(folder / ".lock", "rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                held.append("held")
-        real(source, target)
+        return call
 
-    monkeypatch.setattr(os, "rename", rename)
-    store.put("k", b"2", if_match=first)
+    monkeypatch.setattr(os, "rename", under_lock(os.rename))
+    monkeypatch.setattr(os, "unlink", under_lock(os.unlink))
+    store.put("k", b"2", if_match=etag)
     store.put("k", b"3")
-    assert held == ["held", "held"]
-    with pytest.raises(ConditionFailedError):
-        store.put("k", b"4", if_match=first)
+    store.delete("k")
+    assert taken == ["k", "k", "k"]

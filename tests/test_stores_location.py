@@ -67,7 +67,7 @@ def test_a_bad_prefix_is_refused(prefix: str):
     ],
 )  # fmt: skip
 def test_a_sound_endpoint_is_kept(url: str):
-    """https to anywhere that is a place, http to this machine."""
+    """An endpoint is https to anywhere that is a place, http to this machine."""
     assert check_endpoint(url) == url
     assert check_endpoint(f"{url}/") == url
 

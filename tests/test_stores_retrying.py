@@ -44,7 +44,9 @@ def faulty(*faults: Fault, clock: FakeClock | None = None, **options: object) ->
 
 def test_a_passing_failure_is_not_seen():
     """Every operation succeeds after failures that pass, and the counts tell attempts from retries."""
-    store, _ = faulty(*[Fault("transient_before", op, times=2) for op in ("put", "get", "read_into", "head", "delete", "list")])
+    store, _ = faulty(
+        *[Fault("transient_before", op, times=2) for op in ("put", "get", "read_into", "head", "delete", "list")]
+    )
     target = bytearray(4)
     store.put("k", b"data")
     store.read_into("k", memoryview(target))

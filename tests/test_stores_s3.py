@@ -30,6 +30,7 @@ from coldstart.stores import StoreOptions, open_store
 from coldstart.stores.base import Capabilities
 from coldstart.stores.location import locate
 from coldstart.stores.s3 import S3Store
+from coldstart.stores.s3_errors import failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
     """What the scripted server says to one request. ``announced``: Content-Length, where it is not the body's."""
 
     status: int = 200
-    headers: dict[str, str] = {}  # noqa: RUF012
+    headers: dict[str, str] = {}
     body: bytes = b""
     announced: int | None = None
     ending: str = ""
@@ -78,7 +79,11 @@ class ScriptedServer:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *arguments: object) -> None:
+                """A client that hangs up in the middle is what many tests are about."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -110,27 +115,38 @@ class ScriptedServer:
         self._server.server_close()
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
+@pytest.fixture(scope="module")
+def lasting_server() -> Iterator[ScriptedServer]:
+    """One server for all tests of this module."""
     server = ScriptedServer()
     yield server
     server.close()
 
 
 @pytest.fixture(scope="module")
-def shared_client() -> dict[str, S3Store]:
-    """Making a boto3 client takes a third of a second: one is made for all scripted tests, and pointed anew."""
-    return {}
-
-
-@pytest.fixture
-def store(server: ScriptedServer) -> Iterator[S3Store]:
-    store = scripted(server)
+def lasting_store(lasting_server: ScriptedServer) -> Iterator[S3Store]:
+    """Making a boto3 client takes a third of a second, so one serves all tests that need no other."""
+    store = scripted(lasting_server)
     yield store
     store.close()
 
 
+@pytest.fixture
+def server(lasting_server: ScriptedServer) -> ScriptedServer:
+    """The server without a script."""
+    lasting_server.answers.clear()
+    lasting_server.requests.clear()
+    return lasting_server
+
+
+@pytest.fixture
+def store(lasting_store: S3Store, server: ScriptedServer) -> S3Store:
+    """A store of a bucket on the server."""
+    return lasting_store
+
+
 def scripted(server: ScriptedServer, **options: object) -> S3Store:
+    """A store of its own on the server, with the planted credentials."""
     settings = StoreOptions(server.url, "auto", *SECRETS)
     return S3Store(locate("s3://bucket/prefix", settings), settings, **options)
 
@@ -143,7 +159,13 @@ def error_body(code: str) -> bytes:
     ).encode()
 
 
+def listing(entries: str) -> bytes:
+    """The body of a complete listing."""
+    return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+
+
 def ranged(start: int, end: int, total: int | str, body: bytes | None = None, **more: object) -> Answer:
+    """The answer to a range; by default with as many zero bytes as it says."""
     content = bytes(end - start + 1) if body is None else body
     return Answer(206, {"Content-Range": f"bytes {start}-{end}/{total}", "ETag": '"e"'}, content, **more)
 
@@ -270,34 +292,37 @@ def test_a_short_object_is_corruption(store: S3Store, server: ScriptedServer, an
         store.read_into("k", memoryview(bytearray(10)), offset_bytes=5)
 
 
+@pytest.fixture(scope="module")
+def impatient(lasting_server: ScriptedServer) -> Iterator[S3Store]:
+    """A store that waits 0.3 seconds for a byte."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("coldstart.stores.s3.READ_TIMEOUT_SECONDS", 0.3)
+        store = scripted(lasting_server)
+    yield store
+    store.close()
+
+
 @pytest.mark.parametrize("ending", ["fin", "reset", "stall"])
 @pytest.mark.parametrize("operation", ["get", "read_into"])
-def test_a_body_that_breaks_off_is_transient(
-    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, operation: str, ending: str
-):
+def test_a_body_that_breaks_off_is_transient(impatient: S3Store, server: ScriptedServer, operation: str, ending: str):
     """A connection closed, reset or silent in the middle of a body is never a short or padded result."""
-    monkeypatch.setattr("coldstart.stores.s3.READ_TIMEOUT_SECONDS", 0.3)
-    store = scripted(server)
     headers = {"Content-Range": "bytes 0-9/10", "ETag": '"e"'}
     server.answers = [Answer(206 if operation == "read_into" else 200, headers, b"half!", announced=10, ending=ending)]
     with pytest.raises(StoreTransientError):
-        OPERATIONS[operation](store)
-    store.close()
+        OPERATIONS[operation](impatient)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_silent_server_is_transient(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, operation: str):
+def test_a_silent_server_is_transient(impatient: S3Store, server: ScriptedServer, operation: str):
     """No answer at all within the read timeout ends the call."""
-    monkeypatch.setattr("coldstart.stores.s3.READ_TIMEOUT_SECONDS", 0.3)
-    store = scripted(server)
     server.answers = [Answer(ending="silence")]
     with pytest.raises(StoreTransientError):
-        OPERATIONS[operation](store)
-    store.close()
+        OPERATIONS[operation](impatient)
 
 
-def test_nobody_listening_is_transient(server: ScriptedServer):
+def test_nobody_listening_is_transient():
     """A refused connection may pass; the error names the store and the key."""
+    server = ScriptedServer()
     store = scripted(server)
     server.close()
     with pytest.raises(StoreTransientError, match=r"s3://bucket/prefix.*'k'") as caught:
@@ -315,15 +340,9 @@ def test_nobody_listening_is_transient(server: ScriptedServer):
         ("head", Answer(200, {"ETag": '"e"', "Last-Modified": "the day before"})),
         ("list", Answer(200, body=b"<html>not a listing</html>")),
         ("list", Answer(200, body=b"not even markup")),
-        ("list", Answer(200, body=b"<ListBucketResult><Contents><Key>prefix/k</Key></Contents></ListBucketResult>")),
-        (
-            "list",
-            Answer(
-                200,
-                body=b"<ListBucketResult><Contents><Key>prefix/k</Key><Size>many</Size>"
-                b"<LastModified>2026-01-01T00:00:00Z</LastModified></Contents></ListBucketResult>",
-            ),
-        ),
+        ("list", Answer(200, body=b"<ListBucketResult></ListBucketResult>")),
+        ("list", Answer(200, body=listing("<Contents><Key>prefix/k</Key></Contents>"))),
+        ("list", Answer(200, body=listing("<Contents><Key>prefix/k</Key><Size>many</Size></Contents>"))),
     ],
 )
 def test_an_incomplete_answer_is_an_error_of_ours(
@@ -332,7 +351,7 @@ def test_an_incomplete_answer_is_an_error_of_ours(
     """An answer without etag, size or date, or that is no S3 at all, is StoreTransientError and nobody else's error."""
     server.answers = [answer]
     with pytest.raises(StoreTransientError):
-        assert not OPERATIONS[operation](store)
+        OPERATIONS[operation](store)
 
 
 def test_a_listing_leaves_out_what_is_not_ours(store: S3Store, server: ScriptedServer):
@@ -341,7 +360,7 @@ def test_a_listing_leaves_out_what_is_not_ours(store: S3Store, server: ScriptedS
         f"<Contents><Key>{key}</Key><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
         for key in ("prefix/", "prefix/a b", "prefix/../up", "prefix/a/k", "prefix/a/")
     )
-    server.answers = [Answer(200, body=f"<ListBucketResult>{entries}</ListBucketResult>".encode())]
+    server.answers = [Answer(200, body=listing(entries))]
     assert [info.key for info in store.list("")] == ["a/k"]
     assert "prefix=prefix%2F" in server.requests[0].path
 
@@ -429,7 +448,9 @@ def test_deleting_what_a_server_calls_missing_is_no_error(store: S3Store, server
 
 def test_a_hostile_code_is_not_shown(store: S3Store, server: ScriptedServer):
     """What is no plain word in an error's place for the code does not reach the text."""
-    server.answers = [Answer(400, body=b"<Error><Code>\x1b[31m https://evil planted</Code></Error>".replace(b"\x1b", b"&#27;"))]
+    server.answers = [
+        Answer(400, body=b"<Error><Code>\x1b[31m https://evil planted</Code></Error>".replace(b"\x1b", b"&#27;"))
+    ]
     with pytest.raises(ColdstartError) as caught:
         store.get("k")
     assert "evil" not in str(caught.value)
@@ -457,6 +478,30 @@ def test_the_store_shows_no_secret(store: S3Store, server: ScriptedServer):
     """repr, url and the attributes of the store hold its address and no credential."""
     shown = repr(store) + store.url + repr(vars(store))
     assert not [secret for secret in SECRETS if secret in shown]
+
+
+def test_every_error_of_botocore_has_a_name_of_ours():
+    """Whatever class of error botocore raises, it becomes a StoreError; the network's are transient, no others are."""
+    import botocore.exceptions as known
+
+    kinds = [kind for kind in vars(known).values() if isinstance(kind, type) and issubclass(kind, known.BotoCoreError)]
+    named = {kind.__name__: failure(kind.__new__(kind), "s3://bucket", "k") for kind in kinds}
+    assert len(named) > 50
+    assert {type(error) for error in named.values()} == {StoreTransientError, AccessDeniedError, StoreSetupError}
+    transient = {name for name, error in named.items() if type(error) is StoreTransientError}
+    assert {"ReadTimeoutError", "ConnectTimeoutError", "EndpointConnectionError", "ResponseStreamingError"} <= transient
+    assert not transient & {"NoCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError"}
+    assert type(named["NoCredentialsError"]) is type(named["UnauthorizedSSOTokenError"]) is AccessDeniedError
+
+
+def test_an_untrusted_certificate_will_not_pass():
+    """A certificate that fails its check is a setup error, a broken handshake may pass."""
+    from botocore.exceptions import SSLError
+
+    untrusted = SSLError(endpoint_url="https://host", error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed")
+    broken = SSLError(endpoint_url="https://host", error="EOF occurred in violation of protocol")
+    assert type(failure(untrusted, "s3://bucket", "k")) is StoreSetupError
+    assert type(failure(broken, "s3://bucket", "k")) is StoreTransientError
 
 
 # --- credentials and settings of the machine -----------------------------------------------------------------------
@@ -520,14 +565,9 @@ def test_what_a_credential_helper_prints_is_not_shown(tmp_path: Path, monkeypatc
     config.write_text("[default]\ncredential_process = sh -c 'echo planted-secret >&2; exit 1'\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
     settings = StoreOptions(endpoint_url="http://127.0.0.1:9")
-    try:
-        store = S3Store(locate("s3://bucket", settings), settings)
-        store.get("k")
-    except ColdstartError as error:
-        assert isinstance(error, AccessDeniedError)
-        assert "planted-secret" not in "".join(traceback.format_exception(error))
-    else:
-        pytest.fail("a call without credentials succeeded")
+    with pytest.raises(AccessDeniedError, match="no usable credentials") as caught:
+        S3Store(locate("s3://bucket", settings), settings)
+    assert "planted-secret" not in "".join(traceback.format_exception(caught.value))
 
 
 # --- against moto --------------------------------------------------------------------------------------------------
@@ -556,8 +596,7 @@ def test_two_stores_of_one_bucket_do_not_meet(s3_bucket: str, s3_options: StoreO
 def test_a_listing_goes_over_pages(s3_bucket: str, s3_options: StoreOptions, monkeypatch: pytest.MonkeyPatch):
     """More objects than a page holds are all listed, once."""
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")
-    settings = s3_options
-    store = S3Store(locate(f"s3://{s3_bucket}", settings), settings)
+    store = S3Store(locate(f"s3://{s3_bucket}", s3_options), s3_options)
     for number in range(10):
         store.put(f"blobs/{number}", b"")
     assert sorted(info.key for info in store.list("blobs/")) == [f"blobs/{number}" for number in range(10)]

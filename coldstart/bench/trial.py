@@ -139,7 +139,7 @@ def check_trial(trial: Trial) -> None:
 
 
 def _with_edges(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The start record, with what lies before its first span (the interpreter, the command) and after ready as spans."""
+    """The start record, with what lies before its first span (the interpreter, the command) and after ready."""
     start = dict(document["start"])
     spans, ready = list(start.get("spans") or ()), start.get("ready_seconds")
     if spans:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from coldstart.errors import ColdstartError
+from coldstart.terms import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import_module(f"coldstart.cli.{chosen}").add_parser(subparsers)
     options = parser.parse_args(words)
     if options.version:
-        from coldstart import __version__
-
-        print(__version__)
+        print(VERSION)
         return 0
     if chosen is None:
         parser.print_help()

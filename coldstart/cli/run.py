@@ -33,10 +33,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Start the handler, answer one event, report."""
-    from coldstart.config import set_variables
+    from coldstart.config import read_variable, set_variables
 
     if options.fresh:
         set_variables({"COLDSTART_FRESH": "on"})
+    if read_variable("COLDSTART_LOG") is None:
+        set_variables({"COLDSTART_LOG": "off"})  # the report at the end says it all
     worker, answers = _start_and_answer(options)
     document = _document(worker, answers)
     if options.json:

@@ -92,7 +92,7 @@ def _check_frame(zstandard: Any, stored: memoryview, raw_bytes: int) -> None:
 
 
 def _end_of_blocks(stored: memoryview, position: int) -> int:
-    """Where the last block ends, by the headers of the blocks. zstd's readers stop there and never tell what follows."""
+    """Where the last block ends, by the blocks' headers. zstd's readers stop there and never tell what follows."""
     last = False
     while not last:
         if position + _BLOCK_HEADER_BYTES > len(stored):

@@ -38,7 +38,7 @@ def bind(skeleton: Any, leaves: Sequence[Leaf], modules: Mapping[str, bool], buf
         raise _mismatch(differences)
     _place(walk.spots, by_path, Views(buffer_array))
     for path, training in modules.items():
-        walk.modules[path].training = training
+        vars(walk.modules[path])["training"] = training
     _check_nothing_on_meta(walk)
     return walk.state
 
@@ -46,12 +46,13 @@ def bind(skeleton: Any, leaves: Sequence[Leaf], modules: Mapping[str, bool], buf
 def _place(spots: Sequence[Spot], by_path: Mapping[str, Leaf], views: Views) -> None:
     inside = {spot.path for spot in spots if spot.wrappers}
     made: dict[str, Any] = {}
-    for spot in spots:
-        leaf = by_path[spot.path]
+    for leaf in by_path.values():
         first = same_as(leaf, by_path)
         if first.path not in made:
             made[first.path] = views.plain(first) if first.path in inside else views.finished(first)
-        array = made[first.path]
+        made[leaf.path] = made[first.path]
+    for spot in spots:
+        leaf, array = by_path[spot.path], made[spot.path]
         if spot.wrappers:
             spot.wrappers[0].requires_grad = leaf.requires_grad
         elif leaf.framework == "torch":
@@ -65,7 +66,7 @@ def _check_nothing_on_meta(walk: Walk) -> None:
         (attribute(path, name), tensor)
         for path, module in walk.modules.items()
         for field, _ in for_torch.MODULE_FIELDS[:2]
-        for name, tensor in vars(module)[field].items()
+        for name, tensor in vars(module).get(field, {}).items()
     ]
     left = [path for path, tensor in held if tensor is not None and tensor.is_meta]
     if left:
@@ -85,14 +86,15 @@ class _Difference(NamedTuple):
 
 def _array_differences(spots: Sequence[Spot], by_path: Mapping[str, Leaf]) -> Iterator[_Difference]:
     found = {spot.path: spot for spot in spots}
-    missing = [leaf for leaf in by_path.values() if leaf.path not in found]
-    unexpected = [spot for spot in spots if spot.path not in by_path]
-    for leaf in missing:
-        text = f"{shown(leaf.path)} ({leaf.dtype} {list(leaf.shape)}) was captured, and build() did not make it"
-        yield _Difference(text, leaf.path, [spot.path for spot in unexpected if _shape(spot) == leaf.shape])
-    for spot in unexpected:
-        text = f"{shown(spot.path)} ({_kind(spot)}) was made by build(), and not captured"
-        yield _Difference(text, spot.path, [leaf.path for leaf in missing if _shape(spot) == leaf.shape])
+    missing = {leaf.path: leaf.shape for leaf in by_path.values() if leaf.path not in found}
+    unexpected = {spot.path: _shape(spot) for spot in spots if spot.path not in by_path}
+    missing_of_shape, unexpected_of_shape = _by_shape(missing), _by_shape(unexpected)
+    for path, shape in missing.items():
+        text = f"{shown(path)} ({by_path[path].dtype} {list(shape)}) was captured, and build() did not make it"
+        yield _Difference(text, path, unexpected_of_shape.get(shape, ()))
+    for path, shape in unexpected.items():
+        text = f"{shown(path)} ({_kind(found[path])}) was made by build(), and not captured"
+        yield _Difference(text, path, missing_of_shape.get(shape, ()))
     for path, spot in found.items():
         text = _difference(spot, by_path[path]) if path in by_path else ""
         if text:
@@ -104,6 +106,8 @@ def _difference(spot: Spot, leaf: Leaf) -> str:
     if reason:
         return f"{reason} in what build() made"
     form = spot.form()
+    if (spot.framework, spot.role, form.dtype, form.shape) == (leaf.framework, leaf.role, leaf.dtype, leaf.shape):
+        return ""
     compared = (
         ("framework", spot.framework, leaf.framework),
         ("role", spot.role, leaf.role),
@@ -111,7 +115,7 @@ def _difference(spot: Spot, leaf: Leaf) -> str:
         ("shape", list(form.shape), list(leaf.shape)),
     )
     differing = [f"{what} {captured}, made with {built}" for what, built, captured in compared if built != captured]
-    return f"was captured with {'; '.join(differing)}" if differing else ""
+    return f"was captured with {'; '.join(differing)}"
 
 
 def _module_differences(built: Mapping[str, Any], captured: Mapping[str, bool]) -> Iterator[_Difference]:
@@ -138,6 +142,13 @@ def _hint(difference: _Difference) -> str:
 
     nearest = difflib.get_close_matches(difference.path, difference.candidates[:_HINT_CANDIDATES], n=1)
     return f"; is it {shown(nearest[0])}?" if nearest else ""
+
+
+def _by_shape(shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, ...], list[str]]:
+    paths: dict[tuple[int, ...], list[str]] = {}
+    for path, shape in shapes.items():
+        paths.setdefault(shape, []).append(path)
+    return paths
 
 
 def _shape(spot: Spot) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def extent(array: Any, length_bytes: int) -> Extent:
 def view(leaf: Leaf, buffer: Any) -> Any:
     """The array that ``leaf`` describes, over the bytes of ``buffer`` (uint8; None for an array without elements).
 
-    Raises ManifestError where the leaf is not one that a capture writes.
+    Raises ManifestError where the leaf is not one that a capture writes, or reaches past the end.
     """
     import numpy as np
 

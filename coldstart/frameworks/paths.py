@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 ROOT = "$"
@@ -20,7 +21,7 @@ _LARGEST_KEY = 1 << 63
 
 def attribute(path: str, name: str) -> str:
     """Path of the attribute ``name`` of the object at ``path``."""
-    word = name if _WORD.match(name) else _quoted(name)
+    word = _word(name)
     return word if path == ROOT else f"{path}.{word}"
 
 
@@ -37,6 +38,11 @@ def shown(path: str) -> str:
     if path == ROOT:
         return "state"
     return f"state{path}" if path.startswith("[") else f"state.{path}"
+
+
+@lru_cache(maxsize=4096)
+def _word(name: str) -> str:
+    return name if _WORD.match(name) else _quoted(name)
 
 
 def _key(key: object, depth: int) -> str | None:

@@ -135,7 +135,7 @@ def extent(tensor: Any, length_bytes: int) -> Extent:
 
 
 def storage_of(buffer: Any) -> Any:
-    """The torch storage that is ``buffer``, a uint8 array of numpy. It keeps the array alive."""
+    """The torch storage that is ``buffer``, a uint8 array of numpy. It keeps the array alive and cannot be resized."""
     import torch
 
     return torch.from_numpy(buffer).untyped_storage()
@@ -145,7 +145,7 @@ def view(leaf: Leaf, storage: Any) -> Any:
     """The plain tensor that ``leaf`` describes, over the bytes of ``storage`` (None for a tensor without elements).
 
     ``set_`` and not a chain of views: every tensor gets a version counter of its own, as it had before.
-    Raises ManifestError where the leaf is not one that a capture writes.
+    Raises ManifestError where the leaf is not one that a capture writes, or reaches past the end.
     """
     dtype = _dtype(leaf)
     import torch
@@ -180,16 +180,22 @@ def keep_attributes(old: Any, new: Any) -> None:
 
 
 def _dtype(leaf: Leaf) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise StateMismatchError(
-            f"the snapshot's {leaf.path!r} is a tensor of torch, which cannot be imported here: "
-            "install it (pip install 'coldstart-gpu[torch]')"
-        ) from error
-    dtype = getattr(torch, leaf.dtype, None) if _DTYPE_NAME.match(leaf.dtype) else None
-    if not isinstance(dtype, torch.dtype) or leaf.dtype.startswith("q"):
+    dtype = _dtype_named(leaf.dtype)
+    if dtype is None:
         raise ManifestError(f"leaf {leaf.path!r} has the dtype {leaf.dtype!r}, which this torch does not have")
     if dtype.itemsize != leaf.item_bytes:
         raise ManifestError(f"leaf {leaf.path!r} has items of {leaf.item_bytes} bytes, its dtype {dtype.itemsize}")
     return dtype
+
+
+@functools.lru_cache(maxsize=256)
+def _dtype_named(name: str) -> Any:
+    """The dtype of this name, None if there is none or it is one of torch's own quantized ones."""
+    try:
+        import torch
+    except ImportError as error:
+        raise StateMismatchError(
+            "the snapshot holds tensors of torch, which cannot be imported here: pip install 'coldstart-gpu[torch]'"
+        ) from error
+    dtype = getattr(torch, name, None) if _DTYPE_NAME.match(name) else None
+    return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None

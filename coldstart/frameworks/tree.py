@@ -149,7 +149,7 @@ class _Rebuilder:
         tag = node[0] if type(node) is list and node else None
         reader = self.readers.get(tag) if type(tag) is str else None
         if reader is None:
-            _odd(f"has a node of no known kind: {str(tag)[:100]}")
+            _odd(f"has a node of no known kind: {tag[:100] if type(tag) is str else type(node).__name__}")
         return reader(node[1:], depth)
 
     def items(self, arguments: list[Any], depth: int) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coldstart.errors import ManifestError
 from coldstart.frameworks import numpy as for_numpy
 from coldstart.frameworks import torch as for_torch
-from coldstart.manifest import NO_BUFFER, Leaf, leaf_extent_bytes
+from coldstart.manifest import NO_BUFFER, Leaf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,17 @@ class Views:
 
     def __init__(self, buffer_array: Callable[[int], Any]) -> None:
         self._buffer_array = buffer_array
-        self._buffers: dict[int, Any] = {}
-        self._torch_storages: dict[int, Any] = {}
+        self._buffers: dict[int, Any] = {NO_BUFFER: None}
+        self._torch_storages: dict[int, Any] = {NO_BUFFER: None}
 
     def plain(self, leaf: Leaf) -> Any:
         """A numpy array, or a tensor that is no Parameter and requires no gradient. Raises ManifestError."""
-        if leaf.framework == "numpy":
-            return for_numpy.view(leaf, self._buffer(leaf))
+        if leaf.buffer == NO_BUFFER and 0 not in leaf.shape:
+            raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
         if leaf.framework == "torch":
-            return for_torch.view(leaf, self._torch_storage(leaf))
+            return for_torch.view(leaf, self._torch_storage(leaf.buffer))
+        if leaf.framework == "numpy":
+            return for_numpy.view(leaf, self._buffer(leaf.buffer))
         raise ManifestError(f"leaf {leaf.path!r} is an array of {leaf.framework!r}, which this coldstart does not know")
 
     def finished(self, leaf: Leaf) -> Any:
@@ -34,25 +36,15 @@ class Views:
         array = self.plain(leaf)
         return for_torch.finish(leaf, array) if leaf.framework == "torch" else array
 
-    def _buffer(self, leaf: Leaf) -> Any:
-        if leaf.buffer == NO_BUFFER:
-            if 0 not in leaf.shape:
-                raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
-            return None
-        if leaf.buffer not in self._buffers:
-            self._buffers[leaf.buffer] = self._buffer_array(leaf.buffer)
-        buffer = self._buffers[leaf.buffer]
-        if leaf.offset_bytes + leaf_extent_bytes(leaf) > buffer.size:
-            raise ManifestError(f"leaf {leaf.path!r} reaches past the end of its buffer")
-        return buffer
+    def _buffer(self, index: int) -> Any:
+        if index not in self._buffers:
+            self._buffers[index] = self._buffer_array(index)
+        return self._buffers[index]
 
-    def _torch_storage(self, leaf: Leaf) -> Any:
-        buffer = self._buffer(leaf)
-        if buffer is None:
-            return None
-        if leaf.buffer not in self._torch_storages:
-            self._torch_storages[leaf.buffer] = for_torch.storage_of(buffer)
-        return self._torch_storages[leaf.buffer]
+    def _torch_storage(self, index: int) -> Any:
+        if index not in self._torch_storages:
+            self._torch_storages[index] = for_torch.storage_of(self._buffer(index))
+        return self._torch_storages[index]
 
 
 def same_as(leaf: Leaf, leaves: Mapping[str, Leaf]) -> Leaf:

@@ -160,7 +160,7 @@ class Walk:
         return first
 
     def _push(self, visits: Iterable[_Visit]) -> None:
-        self._stack.extend(reversed([_bounded(visit) for visit in visits if type(visit.value) not in _ATOMS]))
+        self._stack.extend(reversed([_bounded(visit) for visit in visits]))
 
     # --- which way to look into a type -------------------------------------------------------------------------------
 
@@ -261,9 +261,12 @@ class Walk:
         self.modules[path] = module
         held = [(vars(module).get(field, {}), role) for field, role in for_torch.MODULE_FIELDS]
         self._push(
-            _Visit(attribute(path, name), value, partial(dict.__setitem__, values, name), role)
-            for values, role in held
-            for name, value in list(values.items())
+            [
+                _Visit(attribute(path, name), value, partial(dict.__setitem__, values, name), role)
+                for values, role in held
+                for name, value in values.items()
+                if value is not None
+            ]
         )
         self._later.extend(
             _bounded(_Visit(attribute(path, name), value, place))
@@ -274,7 +277,9 @@ class Walk:
         if self._enter(visit):
             atoms_only = _ATOMS.issuperset(map(type, visit.value.values()))
             pairs = [] if atoms_only else list(enumerate(visit.value.items()))
-            items = (self._item(visit, key, position, value) for position, (key, value) in pairs)
+            items = (
+                self._item(visit, key, position, value) for position, (key, value) in pairs if type(value) not in _ATOMS
+            )
             self._push(chain(items, self._members(visit)))
 
     def _item(self, visit: _Visit, key: Any, position: int, value: Any) -> _Visit:
@@ -292,6 +297,7 @@ class Walk:
             items = (
                 _Visit(item(visit.path, index, index), value, partial(put, values, index), refusal=visit.refusal)
                 for index, value in pairs
+                if type(value) not in _ATOMS
             )
             self._push(chain(items, self._members(visit)))
 
@@ -310,6 +316,7 @@ class Walk:
         self._push(
             _Visit(item(visit.path, index, index), value, partial(assembly.put, index), refusal=visit.refusal)
             for index, value in enumerate(values)
+            if type(value) not in _ATOMS
         )
 
     def _set(self, visit: _Visit) -> None:
@@ -350,7 +357,8 @@ def _attributes(value: Any, without: frozenset[str] = frozenset()) -> Iterator[t
         for name, held in list(own.items()):
             if type(held) not in _ATOMS and name not in without and isinstance(name, str):
                 yield name, held, partial(dict.__setitem__, own, name)
-    for name, member in _slots(type(value)):
+    cls: Any = type(value)
+    for name, member in _slots(cls):
         try:
             held = member.__get__(value)
         except AttributeError:

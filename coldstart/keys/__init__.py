@@ -195,10 +195,10 @@ def _record(
     environment: Environment,
 ) -> KeyRecord:
     codes = {what: code_of(sources, root) for what, root in roots.items()}
-    parts = {what: code.digest for what, code in codes.items()}
+    parts = {what: digest for what, (digest, _) in codes.items()}
     if version is not None:
         parts["version"] = version
-    read = {name for code in codes.values() for name in code.environment if not _looks_secret(name)}
+    read = {name for _, names in codes.values() for name in names if not _looks_secret(name)}
     for name in sorted((read | set(declared)) - set(secrets)):
         parts[_ENVIRONMENT + name] = _value_digest(environment(name))
     parts["device"] = device_type

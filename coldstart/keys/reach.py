@@ -50,20 +50,13 @@ class Root(NamedTuple):
     free: tuple[tuple[str, str], ...] = ()
 
 
-class Code(NamedTuple):
-    """The digest of what a root reaches, and the environment variables that are read there."""
-
-    digest: str
-    environment: frozenset[str]
-
-
-def code_of(sources: Sources, root: Root) -> Code:
+def code_of(sources: Sources, root: Root) -> tuple[str, set[str]]:
     """Digest of all that a root reaches. Raises KeyUncomputableError where it reads a variable by a computed name."""
     start = ["coldstart code 1", *root.arguments]
     start += [f"{name}={text}" for name, text in sorted((*root.keywords, *root.free))]
     if root.name and not root.owner and not sources.is_local(root.file.path):
         # Installed code: which function of which module it is, not what it does.
-        return Code(_digest_all([*start, f"installed {package_name(root.file.path)} {root.name}"]), frozenset())
+        return _digest_all([*start, f"installed {package_name(root.file.path)} {root.name}"]), set()
     reach = _Reach(sources, root.file)
     if root.owner is not None:
         start.append(reach.class_text(root.file, root.owner, root.name))
@@ -74,7 +67,7 @@ def code_of(sources: Sources, root: Root) -> Code:
         start.append(root.name)
         reach.pending.append((root.file, root.name))
     reach.finish()
-    return Code(_digest_all([*start, *reach.texts()]), frozenset(reach.environment))
+    return _digest_all([*start, *reach.texts()]), reach.environment
 
 
 def _digest_all(texts: Iterable[str]) -> str:
@@ -90,7 +83,9 @@ class _View:
         self.items: set[Item] = set()
         self.import_names: set[str] = set()
         self.is_ordered = False
-        self.effects = [(item, effect) for item in file.items if (effect := _effect(item)) is not None]
+        if file.effects is None:
+            file.effects = [(item, *_effect(item)) for item in file.items]
+        self.effects = [each for each in file.effects if each[1] or each[2]]
 
     def text(self) -> str:
         """Names with the digests of what binds them, in order; with effects, also the order of straight-line code."""
@@ -124,28 +119,22 @@ class _View:
         return False
 
 
-class _Effect(NamedTuple):
-    direct: frozenset[str]
-    called: frozenset[str]
-    """Names from which calls start that happen during the import."""
+def _effect(item: Item) -> tuple[set[str], set[str]]:
+    """What a statement may change while its module is imported.
 
-
-def _effect(item: Item) -> _Effect | None:
-    """What a statement may change while its module is imported; None where that is certainly nothing."""
-    node = item.node
+    Returns the names that it stores into or mentions for its effect, and those from which its calls start.
+    """
+    node, aliases = item.node, item.file.aliases
     if isinstance(node, IMPORTS) or is_fixed(item) or is_main_guard(node):
-        return None
+        return set(), set()
     if isinstance(node, DEFINITIONS):
-        facts = read_facts(_header(node, item.file), item.file.aliases)
-        effect = _Effect(facts.changes, facts.reads)
-    elif applies_coldstart(getattr(node, "value", None), item.file.aliases):
-        return None
-    else:
-        facts = item.facts
-        leaves = [leaf for leaf in statements([node]) if type(leaf) is _ast.Expr]
-        mentioned = read_facts(leaves, item.file.aliases).reads if leaves else frozenset()
-        effect = _Effect(facts.changes | mentioned, facts.reads if facts.calls else frozenset())
-    return effect if effect.direct or effect.called else None
+        facts = read_facts(_header(node, item.file), aliases)
+        return facts.changes, facts.reads
+    if applies_coldstart(getattr(node, "value", None), aliases):
+        return set(), set()
+    facts = item.facts
+    leaves = [leaf for leaf in statements([node]) if type(leaf) is _ast.Expr]
+    return facts.changes | read_facts(leaves, aliases).reads, facts.reads if facts.calls else set()
 
 
 def _header(node: Node, file: SourceFile) -> list[Node]:
@@ -223,22 +212,22 @@ class _Reach:
         found = [
             (view, item)
             for view in self.views.values()
-            for item, effect in view.effects
-            if item not in view.items and self._changes(view, effect)
+            for item, direct, called in view.effects
+            if item not in view.items and self._changes(view, direct, called)
         ]
         for view, item in found:
             view.is_ordered = True
             self._include(view, item)
         return bool(found)
 
-    def _changes(self, view: _View, effect: _Effect) -> bool:
-        for name in effect.direct:
+    def _changes(self, view: _View, direct: set[str], called: set[str]) -> bool:
+        for name in direct:
             package = _package(view.file.aliases.get(name, ""))
             if package in _QUIET_MODULES:
                 continue
             if package in self.packages or (name in view.names and not _all_fixed(view.file, name)):
                 return True
-        return any(name in view.names and view.is_mutable(name) for name in view.closure(effect.called))
+        return any(name in view.names and view.is_mutable(name) for name in view.closure(called))
 
     # --- imports -----------------------------------------------------------------------------------------------------
 

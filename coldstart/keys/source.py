@@ -92,6 +92,8 @@ class SourceFile:
         source = read_bytes(path)
         self.body: list[Node] = parse(source, path).body
         self.may_declare_globals = b"global" in source
+        self.effects: list[tuple[Item, set[str], set[str]]] | None = None
+        """What each item may change during the import; filled by ``reach``."""
         self.aliases: dict[str, str] = {}
         for node in statements(self.body):
             if isinstance(node, IMPORTS):

@@ -102,7 +102,7 @@ def dump(node: Node) -> str:
 
 
 def _dump(node: Node, write: Callable[[str], None]) -> None:
-    kind = type(node)
+    kind: Any = type(node)
     if kind is _ast.Name:  # a third of all nodes
         write(f"(Name id=s{len(node.id)}:{node.id})")
         return
@@ -148,14 +148,14 @@ def is_lone_constant(node: Node) -> bool:
 
 
 def _joined_constants(values: list[Node]) -> list[Node]:
-    """The parts of an f-string, neighbouring texts joined: Python 3.12 splits them in other places."""
+    """The parts of an f-string, neighbouring texts joined and empty ones dropped: Python 3.12 splits them differently."""
     joined: list[Node] = []
     for value in values:
         last = joined[-1] if joined else None
         if type(value) is type(last) is _ast.Constant:
             text: Any = last.value
             joined[-1] = _ast.Constant(value=text + value.value)
-        else:
+        elif type(value) is not _ast.Constant or value.value:
             joined.append(value)
     return joined
 
@@ -166,7 +166,8 @@ def _joined_constants(values: list[Node]) -> list[Node]:
 def children(node: Node) -> list[Node]:
     """The nodes directly below a node, operators left out."""
     found: list[Node] = []
-    for field in _node_fields(type(node)):
+    kind: Any = type(node)
+    for field in _node_fields(kind):
         value = getattr(node, field, None)
         if type(value) is list:
             found += [item for item in value if isinstance(item, _ast.AST)]
@@ -181,7 +182,7 @@ def _node_fields(kind: Any) -> tuple[str, ...]:
 
 
 def import_uses(node: Node) -> Iterator[tuple[str, ImportUse, str]]:
-    """Each name that an import binds ("*" for a star), what it imports, and the dotted path that the name stands for."""
+    """Each name that an import binds ("*" for a star), what it imports, and the dotted path that it stands for."""
     for alias in node.names:
         if type(node) is _ast.Import:
             bound = alias.asname or alias.name.partition(".")[0]

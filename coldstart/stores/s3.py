@@ -6,6 +6,7 @@ What is done against habits of the client library and of servers:
 - a range's answer is believed only with status 206, the asked Content-Range and the asked number of bytes;
 - every write carries Content-MD5, the checksum that most servers check. botocore's own trailing checksums are not
   understood everywhere, and batch deletions need them, so deletions are single;
+- no write asks for "100 Continue", which R2 does not send: botocore would wait a second for it;
 - the instance metadata service is never asked for credentials: outside EC2 that stalls a start for seconds. The
   environment, profiles, SSO, web identity and container credentials work as usual;
 - addresses are path-style, and the endpoint comes from ``location``, never from AWS_ENDPOINT_URL.
@@ -20,22 +21,13 @@ from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import (
-    AccessDeniedError,
-    BlobCorruptError,
-    ConditionFailedError,
-    ObjectMissingError,
-    StoreError,
-    StoreSetupError,
-    StoreTransientError,
-)
+from coldstart.errors import BlobCorruptError, ObjectMissingError, StoreSetupError, StoreTransientError
 from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
+from coldstart.stores.s3_errors import failure, refusal, unreachable, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
-
-    from botocore.exceptions import BotoCoreError, ClientError
 
     from coldstart.stores import StoreOptions
     from coldstart.stores.location import BucketLocation
@@ -111,7 +103,7 @@ class S3Store(Store):
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """One PUT."""
-        body = bytes(data)  # boto3 takes no view; a file-like body would bring "Expect: 100-continue", which R2 lacks
+        body = bytes(data)  # boto3 takes no memoryview
         conditions = self._conditions(if_absent=if_absent, if_match=if_match)
         with self._mapped(key, conditional=bool(conditions)):
             answer = self._client.put_object(**self._object(key), Body=body, ContentMD5=_md5(body), **conditions)
@@ -140,11 +132,15 @@ class S3Store(Store):
         while True:
             with self._mapped(prefix):
                 page = self._client.list_objects_v2(**asked)
+            if "IsTruncated" not in page:  # a proxy's page parses as an empty listing, and a collector would believe it
+                raise StoreTransientError(
+                    f"{self.url} answered a listing of {prefix!r} with something else", key=prefix
+                )
             for found in page.get("Contents", ()):
                 key = found.get("Key", "")[len(self._full("")) :]
                 if _is_key(key):  # others may share the bucket
                     yield self._info(key, found.get("Size"), found.get("LastModified"))
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             asked["ContinuationToken"] = page.get("NextContinuationToken", "")
 
@@ -208,11 +204,11 @@ class S3Store(Store):
         try:
             yield
         except ClientError as error:
-            raise _refusal(error, self.url, key, conditional=conditional) from error
+            raise refusal(error, self.url, key, conditional=conditional) from error
         except BotoCoreError as error:
-            raise _failure(error, self.url, key) from None  # its text may hold what a credential helper printed,
-        except (ResponseParserError, HTTPError, ValueError) as error:  # or a proxy's page; ValueError: a bad header
-            raise _unreachable(error, self.url, key) from None
+            raise failure(error, self.url, key) from None
+        except (ResponseParserError, HTTPError, ValueError) as error:  # ValueError: a header that is no number or date
+            raise unreachable(error, self.url, key) from None
 
 
 def _client(location: BucketLocation, options: StoreOptions) -> Any:
@@ -232,7 +228,7 @@ def _client(location: BucketLocation, options: StoreOptions) -> Any:
         core = core_session.Session()
         core.get_component("credential_provider").remove("iam-role")
         session = boto3_session.Session(botocore_session=core)
-        return session.client(
+        client = session.client(
             "s3",
             endpoint_url=location.endpoint_url or None,
             region_name=location.region or session.region_name or "us-east-1",
@@ -253,9 +249,13 @@ def _client(location: BucketLocation, options: StoreOptions) -> Any:
             ),
         )
     except (BotoCoreError, ValueError) as error:
-        raise StoreSetupError(
-            f"boto3 cannot make a client for {location.scheme}://{location.bucket}: {error}"
-        ) from error
+        raise unusable(error, f"{location.scheme}://{location.bucket}") from None
+    client.meta.events.register_last("before-call.s3", _without_expect)
+    return client
+
+
+def _without_expect(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
 
 
 def _md5(data: bytes) -> str:
@@ -271,99 +271,3 @@ def _is_key(key: str) -> bool:
     except StoreSetupError:
         return False
     return True
-
-
-# --- errors --------------------------------------------------------------------------------------------------------
-
-
-_ADVICE_ON_ACCESS = (
-    "check the credentials and what they may do. S3 answers so for a missing object too where they may not list the "
-    "bucket, and R2 for up to a minute after a token was made"
-)
-_REFUSED = (AccessDeniedError, _ADVICE_ON_ACCESS)
-_NO_BUCKET = (StoreSetupError, "the bucket does not exist at this endpoint: create it, or correct its name")
-_OTHER_REGION = (StoreSetupError, "the bucket lives in another region: set the store's region")
-_NO_CONDITIONS = (StoreSetupError, "the server does not implement this request: use a store that does")
-_MAY_PASS = (StoreTransientError, "the server is overloaded, or failed; it may work when asked again")
-_MISSING = (ObjectMissingError, "nothing is stored there")
-_LOST = (ConditionFailedError, "it exists already, or has changed since it was read")
-_UNEXPECTED = (StoreError, "the server refused the request")
-
-_BY_CODE: Mapping[str, tuple[type[StoreError], str]] = {
-    "NoSuchBucket": _NO_BUCKET,
-    "InvalidBucketName": _NO_BUCKET,
-    "PermanentRedirect": _OTHER_REGION,
-    "AuthorizationHeaderMalformed": _OTHER_REGION,
-    "IllegalLocationConstraintException": _OTHER_REGION,
-    "ExpiredToken": _REFUSED,
-    "InvalidToken": _REFUSED,
-    "RequestTimeTooSkewed": (AccessDeniedError, "the clock of this machine is wrong: set it"),
-    "RequestTimeout": _MAY_PASS,
-    "RequestTimeTooSlow": _MAY_PASS,
-    "ClientDisconnect": _MAY_PASS,
-    "IncompleteBody": _MAY_PASS,
-    "BadDigest": _MAY_PASS,  # the bytes changed on their way
-    "NotImplemented": _NO_CONDITIONS,
-}
-_BY_STATUS: Mapping[int, tuple[type[StoreError], str]] = {
-    301: _OTHER_REGION,
-    307: _OTHER_REGION,
-    308: _OTHER_REGION,
-    401: _REFUSED,
-    403: _REFUSED,
-    404: _MISSING,
-    408: _MAY_PASS,
-    409: _MAY_PASS,
-    425: _MAY_PASS,
-    429: _MAY_PASS,
-    499: _MAY_PASS,
-    501: _NO_CONDITIONS,
-}
-
-
-def _refusal(error: ClientError, url: str, key: str, *, conditional: bool) -> StoreError | BlobCorruptError:
-    """What an answer with an error status means. Of its body only the code is shown: the rest may echo the request."""
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    shown = code if code.isascii() and code.isalnum() and len(code) <= 64 else "no code"  # noqa: PLR2004
-    if status == 416:  # noqa: PLR2004
-        return BlobCorruptError(f"{key!r} in {url} is shorter than what was asked of it", key=key)
-    kind, advice = _meaning(status, code, conditional=conditional)
-    return kind(f"{url} answered {status} ({shown}) for {key!r}: {advice}", key=key)
-
-
-def _meaning(status: int, code: str, *, conditional: bool) -> tuple[type[StoreError], str]:
-    if code in _BY_CODE:
-        return _BY_CODE[code]
-    if conditional and status in (404, 409, 412):  # 409: AWS, for a race; 404: the object of an If-Match is gone
-        return _LOST
-    if status >= 500:  # noqa: PLR2004
-        return _BY_STATUS.get(status, _MAY_PASS)
-    return _BY_STATUS.get(status, _UNEXPECTED)
-
-
-def _failure(error: BotoCoreError, url: str, key: str) -> StoreError:
-    """What an error of the client itself means, which no server sent."""
-    from botocore import exceptions as known
-
-    name = type(error).__name__
-    if isinstance(error, known.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return StoreSetupError(f"the certificate of {url} is not trusted by this machine ({name}) for {key!r}", key=key)
-    if isinstance(error, (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError)):
-        return _unreachable(error, url, key)
-    if isinstance(
-        error, (known.NoCredentialsError, known.PartialCredentialsError, known.CredentialRetrievalError, known.SSOError)
-    ):
-        return AccessDeniedError(
-            f"no usable credentials for {url} ({name}): give them as settings or to the AWS chain", key=key
-        )
-    return StoreSetupError(
-        f"boto3 cannot ask {url} for {key!r} ({name}): check the AWS settings of this machine", key=key
-    )
-
-
-def _unreachable(error: Exception, url: str, key: str) -> StoreTransientError:
-    return StoreTransientError(
-        f"{url} could not be reached, or broke off, at {key!r} ({type(error).__name__}); it may work when asked again",
-        key=key,
-    )

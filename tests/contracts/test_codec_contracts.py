@@ -90,6 +90,7 @@ def test_zstd_reads_frames_of_other_writers():
         ("a skippable frame behind", zstd_frame(b"a" * 1000) + b"\x50\x2a\x4d\x18\x04\0\0\0abcd", 1000),
         ("a skippable frame before", b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstd_frame(b"a" * 1000), 1000),
         ("a wrong checksum", zstd_frame(b"a" * 1000, write_checksum=True)[:-1] + b"\0", 1000),
+        ("a checksum cut short", zstd_frame(b"a" * 1000, write_checksum=True)[:-1], 1000),
         ("a dictionary", frame_header(4, window_descriptor=0)[:4] + b"\xc3\0" + b"\1\0\0\0" + bytes(8), 4),
         ("a bomb", zstd_frame(bytes(1 << 26)), 1000),
     ],

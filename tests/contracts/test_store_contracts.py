@@ -15,11 +15,19 @@ from coldstart.stores.s3 import S3Store
 from coldstart.testing import FakeClock, Fault, FaultyStore, LatencyStore, StoreContract
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from coldstart.stores import StoreOptions
     from coldstart.stores.base import Store
+
+
+@pytest.fixture(scope="module")
+def bucket_store(new_s3_bucket: Callable[[], str], s3_options: StoreOptions) -> Iterator[Store]:
+    """One store for all tests of S3: making a boto3 client takes longer than most of them."""
+    store = S3Store(locate(f"s3://{new_s3_bucket()}/some/prefix", s3_options), s3_options)
+    yield store
+    store.close()
 
 
 class TestMemory(StoreContract):
@@ -54,10 +62,10 @@ class TestLocalWithoutLinks(StoreContract):
 
 class TestS3(StoreContract):
     @pytest.fixture
-    def store(self, s3_bucket: str, s3_options: StoreOptions) -> Iterator[Store]:
-        store = S3Store(locate(f"s3://{s3_bucket}/some/prefix", s3_options), s3_options)
-        yield store
-        store.close()
+    def store(self, bucket_store: Store) -> Store:
+        for info in bucket_store.list(""):
+            bucket_store.delete(info.key)
+        return bucket_store
 
 
 class TestRetryingUnderFailures(StoreContract):

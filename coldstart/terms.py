@@ -1,0 +1,9 @@
+"""Names that the decorator, the settings, the events and the format share. Imports nothing."""
+
+VERSION = "0.1.0"
+
+PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_inference")
+"""The phases of a start, in their order."""
+
+BUFFER_KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
+"""What a buffer of a state is for."""
