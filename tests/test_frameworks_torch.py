@@ -223,7 +223,9 @@ def test_dtypes_that_torch_hardly_supports_travel_too(name: str):
     tensor = torch.empty(0, dtype=getattr(torch, name)).set_(data.untyped_storage(), 0, (2,), (1,))
     made = store({"t": tensor}).alone()["t"]
     assert made.dtype == tensor.dtype
-    assert bytes(made.untyped_storage())[: 2 * tensor.element_size()] == bytes(data[: 2 * tensor.element_size()].numpy())
+    assert bytes(made.untyped_storage())[: 2 * tensor.element_size()] == bytes(
+        data[: 2 * tensor.element_size()].numpy()
+    )
 
 
 STRANGE = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import json
 import math
+import typing
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,9 @@ ARRAYS = hnp.arrays(DTYPES, hnp.array_shapes(min_dims=0, min_side=0, max_side=3)
 STATES = st.recursive(
     SCALARS | ARRAYS,
     lambda states: (
-        st.lists(states, max_size=3) | st.lists(states, max_size=3).map(tuple) | st.dictionaries(KEYS, states, max_size=3)
+        st.lists(states, max_size=3)
+        | st.lists(states, max_size=3).map(tuple)
+        | st.dictionaries(KEYS, states, max_size=3)
     ),
     max_leaves=12,
 )
@@ -60,7 +64,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float):
-        return math.isnan(one) and math.isnan(other) or one.hex() == other.hex()
+        return (math.isnan(one) and math.isnan(other)) or one.hex() == other.hex()
     if isinstance(one, complex):
         return same((one.real, one.imag), (other.real, other.imag))
     return bool(one == other)
@@ -81,10 +85,8 @@ def test_reading_a_tree_that_nobody_wrote_raises_one_error(document: Any):
         node = json.loads(json.dumps(document, allow_nan=False, default=str))
     except (ValueError, TypeError):
         return
-    try:
+    with contextlib.suppress(ManifestError):
         rebuild(node, {})
-    except ManifestError:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,10 @@ def test_reading_a_tree_that_nobody_wrote_raises_one_error(document: Any):
     [
         ({"a": 1, 2: None}, ["dict", [["a", 1], [2, ["none"]]]]),
         ([True, 1.5, "x", b"\x01"], ["list", [True, 1.5, "x", ["bytes", "01"]]]),
-        ((1j, float("inf"), 1 << 60), ["tuple", [["complex", 0.0, 1.0], ["float", "inf"], ["int", "0x1000000000000000"]]]),
+        (
+            (1j, float("inf"), 1 << 60),
+            ["tuple", [["complex", 0.0, 1.0], ["float", "inf"], ["int", "0x1000000000000000"]]],
+        ),
         ({"w": np.zeros(2)}, ["dict", [["w", ["array", '["w"]']]]]),
         (np.zeros(2), ["array", "$"]),
         ("\ud800", ["str", "eda080"]),
@@ -105,8 +110,8 @@ def test_the_written_form(state: Any, node: Any):
 
 def test_integer_keys_and_their_order_stay():
     """JSON would make keys text; here an int is an int and a tuple a tuple."""
-    state = {3: "c", 1: "a", (1, "x"): 2, None: 0, True: "t"}
-    assert list(store(state).alone().items()) == [(3, "c"), (1, "t"), ((1, "x"), 2), (None, 0)]
+    state = {3: "c", 1: "a", (1, "x"): 2, None: 0, False: "f"}
+    assert same(store(state).alone(), state)
 
 
 def test_arrays_come_back_as_views_of_the_arena():
@@ -150,6 +155,10 @@ class Tokenizer:
     pass
 
 
+class Point(typing.NamedTuple):
+    x: int
+
+
 SHARED: list[int] = [1]
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
@@ -164,7 +173,7 @@ CYCLE.append(CYCLE)
         ([np.float64(1)], "state[0] is a float64"),
         ({np.int64(1): 0}, "state[int64#0] (its key) is a int64"),
         ([collections.OrderedDict()], "state[0] is a OrderedDict"),
-        ([collections.namedtuple("P", "x")(1)], "state[0] is a P"),
+        ([Point(1)], "state[0] is a Point"),
         ([{1}], "state[0] is a set"),
         ([bytearray(b"x")], "state[0] is a bytearray"),
         ([lambda: 0], "state[0] is a function"),

@@ -58,7 +58,7 @@ class Slotted:
 class SlottedChild(Slotted):
     """Slots in two classes, and a __dict__."""
 
-    __slots__ = ("c", "__dict__")
+    __slots__ = ("__dict__", "c")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Point(typing.NamedTuple):
     y: Any
 
 
-class Tagged(tuple):
+class Tagged(tuple):  # noqa: SLOT001  it is to have a __dict__
     """A tuple with attributes."""
 
 
@@ -262,7 +262,9 @@ def test_arrays_of_other_libraries_are_refused():
 
     with pytest.raises(UncapturableError, match=r"state\.w is a Foreign: only arrays of torch and numpy"):
         survey(Holder(w=Foreign()))
-    with pytest.raises(UncapturableError, match=r'state\["w"\] is an array on a device: device arrays come with the cuda'):
+    with pytest.raises(
+        UncapturableError, match=r'state\["w"\] is an array on a device: device arrays come with the cuda'
+    ):
         survey({"w": OnDevice()})
 
 

@@ -73,6 +73,6 @@ def _dtype(leaf: Leaf) -> Any:
         dtype = np.dtype(leaf.dtype)
     except (TypeError, ValueError) as error:
         raise ManifestError(f"leaf {leaf.path!r} has an unknown dtype: {error}") from error
-    if dtype.itemsize != leaf.item_bytes:
+    if not dtype.itemsize or dtype.itemsize != leaf.item_bytes:
         raise ManifestError(f"leaf {leaf.path!r} has items of {leaf.item_bytes} bytes, its dtype {dtype.itemsize}")
     return dtype

@@ -136,9 +136,7 @@ def extent(tensor: Any, length_bytes: int) -> Extent:
 
 def storage_of(buffer: Any) -> Any:
     """The torch storage that is ``buffer``, a uint8 array of numpy. It keeps the array alive and cannot be resized."""
-    import torch
-
-    return torch.from_numpy(buffer).untyped_storage()
+    return _installed().from_numpy(buffer).untyped_storage()
 
 
 def view(leaf: Leaf, storage: Any) -> Any:
@@ -191,11 +189,16 @@ def _dtype(leaf: Leaf) -> Any:
 @functools.lru_cache(maxsize=256)
 def _dtype_named(name: str) -> Any:
     """The dtype of this name, None if there is none or it is one of torch's own quantized ones."""
+    torch = _installed()
+    dtype = getattr(torch, name, None) if _DTYPE_NAME.match(name) else None
+    return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
+
+
+def _installed() -> Any:
     try:
         import torch
     except ImportError as error:
         raise StateMismatchError(
             "the snapshot holds tensors of torch, which cannot be imported here: pip install 'coldstart-gpu[torch]'"
         ) from error
-    dtype = getattr(torch, name, None) if _DTYPE_NAME.match(name) else None
-    return dtype if isinstance(dtype, torch.dtype) and not name.startswith("q") else None
+    return torch

@@ -209,7 +209,7 @@ def _record(
 
 
 def _looks_secret(name: str) -> bool:
-    upper = name.upper()
+    upper = name.upper().replace("TOKENIZER", "").replace("TOKENS", "")  # which tokenizer, how many tokens
     return upper.endswith("_KEY") or any(word in upper for word in _SECRET_WORDS)
 
 

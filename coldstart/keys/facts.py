@@ -137,8 +137,8 @@ class _Reader:
         self.visit(node.value)
 
     def changed(self, node: Node) -> None:
-        while type(node) in (_ast.Attribute, _ast.Subscript):
-            node = node.value
+        while type(node) in (_ast.Attribute, _ast.Subscript, _ast.Call):
+            node = node.func if type(node) is _ast.Call else node.value
         if type(node) is _ast.Name and not self.function_depth:
             self.facts.changes.add(node.id)
 

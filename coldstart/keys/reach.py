@@ -122,30 +122,30 @@ class _View:
 def _effect(item: Item) -> tuple[set[str], set[str]]:
     """What a statement may change while its module is imported.
 
-    Returns the names that it stores into or mentions for its effect, and those from which its calls start.
+    Returns the names that it stores into or mentions for its effect, and those whose reach it may change.
     """
     node, aliases = item.node, item.file.aliases
     if isinstance(node, IMPORTS) or is_fixed(item) or is_main_guard(node):
         return set(), set()
     if isinstance(node, DEFINITIONS):
-        facts = read_facts(_header(node, item.file), aliases)
-        return facts.changes, facts.reads
+        applied, body = _header(node, item.file)
+        facts = read_facts(body, aliases)
+        return facts.changes, read_facts(applied, aliases).reads | (facts.reads if facts.calls else set())
     if applies_coldstart(getattr(node, "value", None), aliases):
         return set(), set()
     facts = item.facts
     leaves = [leaf for leaf in statements([node]) if type(leaf) is _ast.Expr]
-    return facts.changes | read_facts(leaves, aliases).reads, facts.reads if facts.calls else set()
+    return facts.changes | read_facts(leaves, aliases).reads, facts.changes | (facts.reads if facts.calls else set())
 
 
-def _header(node: Node, file: SourceFile) -> list[Node]:
-    """What of a definition runs during the import: decorators, defaults, bases, and a class body's own statements."""
-    nodes = [each for each in node.decorator_list if not applies_coldstart(each, file.aliases)]
+def _header(node: Node, file: SourceFile) -> tuple[list[Node], list[Node]]:
+    """What of a definition runs during the import: what is applied to it, and defaults or a class body's statements."""
+    applied = _own_decorators(node, file)
     if isinstance(node, FUNCTIONS):
-        return nodes + [each for each in (*node.args.defaults, *node.args.kw_defaults) if each is not None]
-    body = (
-        each.value if type(each) is _ast.AnnAssign else each for each in node.body if not isinstance(each, DEFINITIONS)
-    )
-    return [*nodes, *node.bases, *node.keywords, *(each for each in body if each is not None)]
+        return applied, [each for each in (*node.args.defaults, *node.args.kw_defaults) if each is not None]
+    body = [each for each in node.body if not isinstance(each, DEFINITIONS)]
+    values = [each.value if type(each) is _ast.AnnAssign else each for each in body]
+    return [*applied, *node.bases, *node.keywords], [each for each in values if each is not None]
 
 
 class _Reach:

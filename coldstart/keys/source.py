@@ -203,7 +203,11 @@ def _binds(file: SourceFile, node: Node) -> set[str]:
 def is_fixed(item: Item) -> bool:
     """The item binds its names to a value that nothing can change: a number, a text, a tuple of these."""
     node = item.node
-    return isinstance(node, (_ast.Assign, _ast.AnnAssign)) and node.value is not None and _is_fixed(node.value)
+    if not isinstance(node, (_ast.Assign, _ast.AnnAssign)) or node.value is None:
+        return False
+    targets = node.targets if isinstance(node, _ast.Assign) else [node.target]
+    names = [name for target in targets for name in (target.elts if isinstance(target, _ast.Tuple) else [target])]
+    return all(type(name) is _ast.Name for name in names) and _is_fixed(node.value)
 
 
 def _is_fixed(node: Node) -> bool:
@@ -215,9 +219,12 @@ def _is_fixed(node: Node) -> bool:
 
 
 def is_main_guard(node: Node) -> bool:
-    """``if __name__ == "__main__":``, which a worker's import does not enter."""
-    test = node.test if type(node) is _ast.If else None
-    return type(test) is _ast.Compare and getattr(test.left, "id", "") == "__name__"
+    """``if __name__ == "__main__":`` without an else, which a worker's import does not enter."""
+    if type(node) is not _ast.If or node.orelse or type(node.test) is not _ast.Compare:
+        return False
+    sides = (node.test.left, *node.test.comparators)
+    names = {getattr(side, "id", getattr(side, "value", None)) for side in sides}
+    return names == {"__name__", "__main__"} and type(node.test.ops[0]) is _ast.Eq
 
 
 def applies_coldstart(node: Node, aliases: dict[str, str]) -> bool:
