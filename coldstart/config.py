@@ -103,7 +103,6 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("capture_idle_seconds", kinds.seconds(86_400), 0.25, "how long no event may run before a capture begins"),
     _setting("start_records", kinds.flag(), True, "write a record of each start to the store"),
     _setting("files_folder", _FOLDER, "{cache}/coldstart-files", "where restored files are placed"),
-    _setting("trust_store", kinds.flag(), False, "run code (programs, kernel caches) that comes from a remote store"),
     _setting("endpoint_url", _ENDPOINT, "", "the S3 endpoint, where it is not Amazon's or R2's own"),
     _setting("region", _REGION, "", "the store's region", also=("AWS_REGION", "AWS_DEFAULT_REGION")),
     _setting("access_key_id", _SECRET, "", "credential of the store", secret=True, also=("AWS_ACCESS_KEY_ID",)),
@@ -133,7 +132,6 @@ class Settings(NamedTuple):
     capture_idle_seconds: float
     start_records: bool
     files_folder: str
-    trust_store: bool
     endpoint_url: str
     region: str
     access_key_id: str

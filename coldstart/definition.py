@@ -7,7 +7,7 @@ are text, and kinds of functions are told by their code flags.
 from __future__ import annotations
 
 from coldstart.errors import HandlerError
-from coldstart.terms import BUFFER_KINDS, PHASES
+from coldstart.terms import BUFFER_KINDS, SKIPPABLE_PHASES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Warmup(_Frozen):
             raise HandlerError("warmup= takes a list of inputs, such as [{'texts': ['a']}], or a Warmup(...)")
         if iterations < 1:
             raise HandlerError(f"Warmup(iterations={iterations}) must be at least 1")
-        unknown = [phase for phase in skip if phase not in PHASES]
-        if unknown or "weight_load" in skip:
-            raise HandlerError(f"Warmup(skip={list(skip)}) may name {', '.join(PHASES[1:])}")
+        unknown = [phase for phase in skip if phase not in SKIPPABLE_PHASES]
+        if unknown:
+            raise HandlerError(f"Warmup(skip={list(skip)}) may name {', '.join(SKIPPABLE_PHASES)}")
         _set(self, inputs=tuple(inputs), iterations=iterations, skip=tuple(skip))
         _set(self, target_seconds=target_seconds, maximum_seconds=maximum_seconds)
 

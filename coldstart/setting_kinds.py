@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from coldstart.terms import PHASES
+from coldstart.terms import SKIPPABLE_PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,13 +90,13 @@ def seconds(high: int) -> Kind:
 
 def phases() -> Kind:
     """Names of phases; the value has them once each, in the order of a start."""
-    word = f"({'|'.join(PHASES)})"
+    word = f"({'|'.join(SKIPPABLE_PHASES)})"
     return Kind(
         "phases",
-        f"a comma-separated list of {', '.join(PHASES)}",
+        f"a comma-separated list of {', '.join(SKIPPABLE_PHASES)}",
         f"{word}( *, *{word})*",
         _in_order,
-        words=PHASES,
+        words=SKIPPABLE_PHASES,
         blank=(),
     )
 
@@ -113,4 +113,4 @@ def _bytes(text: str) -> int:
 
 def _in_order(text: str) -> tuple[str, ...]:
     named = {word.strip(" ") for word in text.split(",")}
-    return tuple(phase for phase in PHASES if phase in named)
+    return tuple(phase for phase in SKIPPABLE_PHASES if phase in named)

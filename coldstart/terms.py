@@ -7,3 +7,6 @@ PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_
 
 BUFFER_KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 """What a buffer of a state is for."""
+
+SKIPPABLE_PHASES = PHASES[1:]
+"""Without weight_load there is no state to go on with."""

@@ -16,7 +16,7 @@ from coldstart import config
 from coldstart.cli import config as command
 from coldstart.errors import ConfigError
 from coldstart.strict_settings import problems, strict_model
-from coldstart.terms import PHASES
+from coldstart.terms import PHASES, SKIPPABLE_PHASES
 
 HOME = {"HOME": "/home/ada"}
 SECRETS = {
@@ -35,7 +35,7 @@ def test_without_any_variable_all_values_are_defaults():
     assert (settings.device, settings.log, settings.log_level, settings.codec) == ("auto", "console", "info", "auto")
     assert (settings.zstd_level, settings.fetch_threads, settings.memory_budget_bytes) == (1, 8, 256 << 20)
     assert (settings.capture, settings.start_records) == (True, True)
-    assert (settings.fresh, settings.trust_store) == (False, False)
+    assert settings.fresh is False
     assert (settings.capture_wait_seconds, settings.capture_idle_seconds) == (60.0, 0.25)
     assert settings.skip_phases == ()
     assert {source.kind for source in settings.sources.values()} == {config.DEFAULT}
@@ -78,7 +78,7 @@ def test_a_default_is_a_value_that_could_be_given(setting):
             "skip_phases",
             ("weight_load", "custom_init"),
         ),
-        ("COLDSTART_SKIP_PHASES", ",".join(reversed(PHASES)), "skip_phases", PHASES),
+        ("COLDSTART_SKIP_PHASES", ",".join(reversed(SKIPPABLE_PHASES)), "skip_phases", SKIPPABLE_PHASES),
         ("COLDSTART_R2_ACCOUNT_ID", "0123456789abcdef0123456789abcdef", "r2_account_id", "0123456789abcdef" * 2),
         ("AWS_DEFAULT_REGION", "eu-central-1", "region", "eu-central-1"),
     ],

@@ -184,6 +184,7 @@ def test_the_leaf_that_the_odd_ones_are_made_of_is_fine(leaf: Leaf):
         {"dtype": "|V4"},
         {"dtype": "<f4,<f4", "item_bytes": 8},
         {"dtype": "nn"},
+        {"dtype": "<f3", "item_bytes": 3},
         {"dtype": "__doc__"},
         {"dtype": "qint8", "item_bytes": 1},
         {"dtype": "float64" * 40},

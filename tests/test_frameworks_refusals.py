@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,10 @@ REFUSED = {
     "graph": (lambda: nn.Parameter(torch.zeros(2)) * 2, "is the result of a computation"),
     "subclass graph": (lambda: nn.Parameter(TwoTensor(torch.ones(1), torch.ones(1))) * 2, "is the result of a comp"),
     "attribute": (lambda: with_attribute(torch.zeros(1)), "is an attribute of a tensor"),
+    "subclass attribute": (
+        lambda: with_attribute(TwoTensor(torch.ones(1), torch.ones(1))),
+        "is an attribute of a tensor",
+    ),
     "deep attribute": (lambda: with_attribute([{"s": np.zeros(1)}]), "is an attribute of a tensor"),
     "module attribute": (lambda: with_attribute(nn.Linear(1, 1)), "is an attribute of a tensor"),
     "script": (lambda: torch.jit.script(nn.Linear(2, 2)), "is a TorchScript module"),
@@ -125,6 +130,29 @@ def test_distributed_tensors_are_refused():
             survey([tensor])
     finally:
         dist.destroy_process_group()
+
+
+def test_a_tuple_of_tensors_in_a_set_is_refused_though_it_is_elsewhere_too():
+    """A tuple is made anew when a member is replaced, and a set would keep the old one."""
+    member = (torch.zeros(1), 2)
+    with pytest.raises(UncapturableError, match="lies in a set"):
+        survey([member, {member}, {member}])
+
+
+def test_more_arrays_than_the_format_holds_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """The limit of the manifest is found before anything is written."""
+    monkeypatch.setattr(importlib.import_module("coldstart.frameworks.survey"), "MAX_LEAVES", 3)
+    survey([np.zeros(1)] * 3)
+    with pytest.raises(UncapturableError, match="state holds 4 arrays, more than the 3"):
+        survey([np.zeros(1)] * 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_tensors_on_a_device_are_refused():
+    """Tensors on a GPU are not read through the CPU."""
+    with pytest.raises(UncapturableError, match="device arrays come with the cuda device"):
+        survey([torch.zeros(1, device="cuda")])
 
 
 def test_a_part_that_requires_a_gradient_itself_is_refused():

@@ -387,6 +387,13 @@ def test_a_root_that_cannot_be_changed_is_returned():
     assert store(torch.ones(3)).into(torch.zeros(3)).tolist() == [1.0] * 3
 
 
+def test_results_of_torch_are_tuples_too():
+    """What torch.max returns has a type with a constructor of its own, and comes back as that type."""
+    made = store([torch.max(torch.eye(2), 0)]).into([torch.max(torch.zeros(2, 2), 0)])
+    assert type(made[0]) is torch.return_types.max
+    assert (made[0].values.tolist(), made[0].indices.tolist()) == ([1.0, 1.0], [0, 1])
+
+
 # --- tensor subclasses -----------------------------------------------------------------------------------------------
 
 

@@ -251,7 +251,7 @@ def deep_node(depth: int) -> Any:
         deep_node(50_000),
         [deep_node(50_000)],
     ],
-    ids=map(str, range(31)),
+    ids=[str(number) for number in range(31)],
 )
 def test_an_odd_tree_is_a_manifest_error(node: Any):
     """A tree is read strictly: one error for whatever coldstart did not write."""

@@ -7,26 +7,27 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import UsageError
+from coldstart.frameworks.fills import leaving_meta_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
 
 class _Active(threading.local):
-    """How deep in ``with`` blocks a thread is, and what they moved: id of a parameter -> it (weakly), its twin."""
+    """How deep in blocks a thread is, and what it moved there: id of a parameter -> it (weakly), its twin."""
 
     depth = 0
     moved: dict[int, tuple[weakref.ref[Any], Any]]
 
 
 class _Patch:
-    """torch.nn.Module.register_parameter as it was, while any thread is inside a block."""
+    """The methods of torch.nn.Module that are replaced while any thread is inside a block."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.blocks = 0
-        self.original: Callable[..., None] | None = None
+        self.originals: Mapping[str, Any] = {}
 
 
 _active = _Active()
@@ -34,27 +35,29 @@ _patch = _Patch()
 
 
 class meta:  # noqa: N801  reads as a function: with meta(): ...
-    """Context manager: parameters that modules register are moved to the meta device, where initialising costs nothing.
+    """Context manager: parameters that modules register go to the meta device, where initialising costs nothing.
 
     Only parameters: buffers stay real, because many are computed once and are part of what ``build`` makes. A parameter
-    that is registered twice stays one object. It works by replacing ``torch.nn.Module.register_parameter`` while a
-    block is open; other threads keep getting real parameters. Blocks nest. Each parameter is still allocated for a
-    moment, but not written. Subclasses of Parameter stay real.
+    that is registered twice stays one object. Subclasses of Parameter stay real. Each parameter is still allocated for
+    a moment, but not written. Inside a block, ``module.to(device)`` and its like move the buffers and convert dtypes,
+    and leave parameters without bytes where they are; behind it torch raises for them.
 
-    Raises UsageError where torch is not installed.
+    It works by replacing two methods of ``torch.nn.Module`` (``register_parameter``, ``_apply``) while a block is open;
+    in other threads they do what they always do. Blocks nest. Raises UsageError where torch is not installed.
     """
 
     def __enter__(self) -> None:
-        torch = _torch()
+        module_class = _torch().nn.Module
         with _patch.lock:
             _patch.blocks += 1
             if _patch.blocks == 1:
-                _patch.original = torch.nn.Module.register_parameter
-                torch.nn.Module.register_parameter = _registering(_patch.original)
+                _patch.originals = {name: getattr(module_class, name) for name in _REPLACEMENTS}
+                for name, replacement in _REPLACEMENTS.items():
+                    setattr(module_class, name, replacement(_patch.originals[name]))
         if not _active.depth:
             _active.moved = {}
         _active.depth += 1
-        self._fills = _leaving_meta_alone()
+        self._fills = leaving_meta_alone()
         self._fills.__enter__()
 
     def __exit__(
@@ -67,34 +70,8 @@ class meta:  # noqa: N801  reads as a function: with meta(): ...
         with _patch.lock:
             _patch.blocks -= 1
             if not _patch.blocks:
-                _torch().nn.Module.register_parameter = _patch.original
-
-
-FILLS = (
-    *("normal_", "uniform_", "random_", "exponential_", "cauchy_", "log_normal_", "geometric_", "bernoulli_"),
-    *("fill_", "zero_", "erfinv_", "clamp_", "mul_", "add_", "sub_", "div_", "copy_"),
-)
-"""What initialisers do to a tensor in place. On one without bytes it has no effect, yet the first ``normal_`` of a process
-imports torch's compiler for it: 822 modules, about a second of every restored start."""
-
-
-def _leaving_meta_alone() -> Any:
-    """A torch function mode in which filling a tensor without bytes, by a method or by ``torch.nn.init``, does nothing."""
-    torch = _torch()
-    from torch.overrides import TorchFunctionMode
-
-    init = {value for name, value in vars(torch.nn.init).items() if name.endswith("_") and callable(value)}
-
-    class LeavingMetaAlone(TorchFunctionMode):  # type: ignore[misc]  # torch's classes are untyped here
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if function in init or getattr(function, "__name__", "") in FILLS:
-                target = args[0] if args else kwargs.get("tensor")
-                if isinstance(target, torch.Tensor) and target.is_meta:
-                    return target
-            return function(*args, **kwargs)
-
-    return LeavingMetaAlone()
+                for name, original in _patch.originals.items():
+                    setattr(_torch().nn.Module, name, original)
 
 
 def _torch() -> Any:
@@ -127,3 +104,28 @@ def _without_bytes(parameter: Any) -> Any:
         vars(twin).update(vars(parameter))
         _active.moved[id(parameter)] = (weakref.ref(parameter), twin)
     return twin
+
+
+class _StayingOnMeta:
+    """What ``module.to(...)`` does to each tensor; of it, a tensor without bytes takes the dtype alone."""
+
+    def __init__(self, convert: Callable[[Any], Any]) -> None:
+        self.convert = convert
+
+    def __call__(self, tensor: Any) -> Any:
+        if not tensor.is_meta:
+            return self.convert(tensor)
+        probe = _torch().empty(0, dtype=tensor.dtype)
+        return tensor.to(self.convert(probe).dtype)
+
+
+def _applying(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(module: Any, fn: Any, *arguments: Any, **options: Any) -> Any:
+        if _active.depth and not isinstance(fn, _StayingOnMeta):
+            fn = _StayingOnMeta(fn)
+        return original(module, fn, *arguments, **options)
+
+    return apply
+
+
+_REPLACEMENTS: Mapping[str, Callable[[Any], Any]] = {"register_parameter": _registering, "_apply": _applying}

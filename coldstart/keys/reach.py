@@ -24,7 +24,7 @@ from coldstart.keys.source import applies_coldstart, is_fixed, is_main_guard, it
 from coldstart.keys.syntax import DEFINITIONS, FUNCTIONS, IMPORTS, digest_of, dump, parameters, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from coldstart.keys.facts import EnvironmentRead, Facts
     from coldstart.keys.source import Item, SourceFile, Sources
@@ -99,16 +99,23 @@ class _View:
             lines += [item.digest for item in ordered if not item.is_definition]
         return "\n".join(lines)
 
-    def closure(self, names: Iterable[str]) -> set[str]:
-        """The names and all that the statements that bind them read, transitively, in this file."""
+    def may_change_data(self, names: Iterable[str], harmless: set[str]) -> bool:
+        """Whether what the names reach in this file includes mutable data that is reached.
+
+        ``harmless``: names known not to; it grows by all that were looked at in vain, so that each is followed once.
+        """
         seen: set[str] = set()
         pending = list(names)
         while pending:
             name = pending.pop()
-            if name not in seen:
-                seen.add(name)
-                pending.extend(read for item in self.file.bindings.get(name, ()) for read in item.facts.reads)
-        return seen
+            if name in seen or name in harmless:
+                continue
+            if name in self.names and self.is_mutable(name):
+                return True
+            seen.add(name)
+            pending.extend(read for item in self.file.bindings.get(name, ()) for read in item.facts.reads)
+        harmless |= seen
+        return False
 
     def is_mutable(self, name: str) -> bool:
         """Whether the name is bound to data that code can change, or is bound anew by a function."""
@@ -209,25 +216,27 @@ class _Reach:
 
     def _take_effects(self) -> bool:
         """Include every statement that may change something reached; True if there was one."""
-        found = [
-            (view, item)
-            for view in self.views.values()
-            for item, direct, called in view.effects
-            if item not in view.items and self._changes(view, direct, called)
-        ]
+        found = [(view, item) for view in self.views.values() for item in self._effects_on(view)]
         for view, item in found:
             view.is_ordered = True
             self._include(view, item)
         return bool(found)
 
-    def _changes(self, view: _View, direct: set[str], called: set[str]) -> bool:
-        for name in direct:
+    def _effects_on(self, view: _View) -> Iterator[Item]:
+        harmless: set[str] = set()
+        for item, direct, called in view.effects:
+            if item not in view.items and (self._touches(view, direct) or view.may_change_data(called, harmless)):
+                yield item
+
+    def _touches(self, view: _View, names: set[str]) -> bool:
+        """Whether a statement that stores into or mentions these names may change something reached."""
+        for name in names:
             package = _package(view.file.aliases.get(name, ""))
             if package in _QUIET_MODULES:
                 continue
             if package in self.packages or (name in view.names and not _all_fixed(view.file, name)):
                 return True
-        return any(name in view.names and view.is_mutable(name) for name in view.closure(called))
+        return False
 
     # --- imports -----------------------------------------------------------------------------------------------------
 
@@ -243,6 +252,8 @@ class _Reach:
             for depth, path in enumerate(found):
                 self._whole(path, _import_name(use, depth))
         elif len(found) == use.module.count(".") + 1:
+            for depth, path in enumerate(found[:-1]):  # packages on the way run too: their effects count
+                self._enter(path, _import_name(use, depth))
             self._follow_name(importer, use, found[-1])
 
     def _may_be_local(self, importer: SourceFile, package: str) -> bool:
@@ -252,13 +263,9 @@ class _Reach:
 
     def _follow_name(self, importer: SourceFile, use: ImportUse, path: str | None) -> None:
         """``from module import name``: the name in the module's file, else the module of that name in the package."""
-        if path is not None and not self.sources.is_local(path):
-            return
-        if path is not None and path.endswith(".py") and use.name in self.sources.read(path).bindings:
-            assert use.name is not None
-            file = self.sources.read(path)
-            self._name(self.view(file), use, use.module)
-            self.pending.append((file, use.name))
+        view = self._enter(path, "" if use.level else use.module)
+        if view is not None and use.name in view.file.bindings:
+            self.pending.append((view.file, use.name))
             return
         whole = f"{use.module}.{use.name}".lstrip(".")
         found = self.sources.modules(importer, whole, use.level)
@@ -268,22 +275,24 @@ class _Reach:
 
     def _whole(self, path: str | None, import_name: str) -> None:
         """Reach all of a module's code, if it is local."""
-        if path is None or not self.sources.is_local(path):
+        view = self._enter(path, import_name)
+        if view is None:
             return
-        if not path.endswith(".py"):
-            self.binaries.add(f"binary {import_name} {digest_of(read_bytes(path))}")
-            return
-        view = self.view(self.sources.read(path))
-        if import_name:
-            view.import_names.add(import_name)
         for item in view.file.items:
             if not is_main_guard(item.node):
                 self._include(view, item)
 
-    @staticmethod
-    def _name(view: _View, use: ImportUse, import_name: str) -> None:
-        if not use.level:
+    def _enter(self, path: str | None, import_name: str) -> _View | None:
+        """The view of a local module with source; one without counts by its bytes."""
+        if path is None or not self.sources.is_local(path):
+            return None
+        if not path.endswith(".py"):
+            self.binaries.add(f"binary {import_name} {digest_of(read_bytes(path))}")
+            return None
+        view = self.view(self.sources.read(path))
+        if import_name:
             view.import_names.add(import_name)
+        return view
 
     # --- classes -----------------------------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ def is_lone_constant(node: Node) -> bool:
 
 
 def _joined_constants(values: list[Node]) -> list[Node]:
-    """The parts of an f-string, neighbouring texts joined and empty ones dropped: Python 3.12 splits them differently."""
+    """The parts of an f-string, neighbours joined and empty ones dropped: Python 3.12 splits texts differently."""
     joined: list[Node] = []
     for value in values:
         last = joined[-1] if joined else None
