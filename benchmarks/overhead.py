@@ -84,7 +84,9 @@ def bookkeeping_cost(rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="coldstart-overhead-") as folder:
         path = Path(folder) / "overhead.py"
         path.write_text(HANDLER)
-        environment = dict(os.environ, COLDSTART_STORE=f"file://{folder}/store", COLDSTART_FILES_FOLDER=f"{folder}/files")
+        environment = dict(
+            os.environ, COLDSTART_STORE=f"file://{folder}/store", COLDSTART_FILES_FOLDER=f"{folder}/files"
+        )
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-m", "coldstart", "run", str(path), "--json"]
         records = []
@@ -121,7 +123,9 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:36} {value:9.2f}")
     if options.output:
-        options.output.write_text(json.dumps({"machine": describe_machine()._asdict(), "results": results}, indent=2) + "\n")
+        options.output.write_text(
+            json.dumps({"machine": describe_machine()._asdict(), "results": results}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The public face: ``coldstart`` the decorator, with ``serve``, ``prefetch`` and ``subscribe``, which it also carries."""
+"""The public face: ``coldstart`` the decorator, which also carries ``serve``, ``prefetch`` and ``subscribe``."""
 
 from __future__ import annotations
 
 from coldstart.decorator import decorate
-from coldstart.definition import definition_of
+from coldstart.definition import check_name, definition_of
+from coldstart.errors import HandlerError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class _Coldstart:
 
     def __call__(
         self,
-        name: str,
-        *,
+        name: Any = None,
+        *surplus: Any,
         load: Any = None,
         build: Any = None,
         init: Callable[..., Any] | None = None,
@@ -76,13 +77,14 @@ class _Coldstart:
         version: str | None = None,
         concurrency: int = 1,
         policy: Policy | None = None,
+        **unknown: Any,
     ) -> Any:
         """Decorate a handler function ``(event, model)`` or a class with ``load`` and ``handle``.
 
         ``name`` names the snapshot. ``load(ctx)`` makes the state once; ``build(ctx)`` makes it without its bytes;
-        ``compile(ctx, state)`` and ``init(ctx, state)`` run at every start, and what ``init`` returns is the handler's second
-        argument; ``close(model)`` runs at the end. All may be async. ``load`` (with ``build``) may be a mapping of
-        named parts, each with a key and a snapshot of its own. ``warmup``: inputs for the handler before the first
+        ``compile(ctx, state)`` and ``init(ctx, state)`` run at every start, and what ``init`` returns is the handler's
+        second argument; ``close(model)`` runs at the end. All may be async. ``load`` (with ``build``) may be a mapping
+        of named parts, each with a key and a snapshot of its own. ``warmup``: inputs for the handler before the first
         event. ``files``: name -> path of files that the snapshot carries. ``env`` and ``secrets``: variables that
         ``ctx.env`` and ``ctx.secret`` may read; only the values of ``env`` belong to the snapshot's key. ``kinds``:
         path prefix -> kind of buffers that events change on purpose. ``version`` replaces the code in the key.
@@ -105,6 +107,8 @@ class _Coldstart:
             "concurrency": concurrency,
             "policy": policy,
         }
+        check_name(name)
+        _check_arguments(surplus, unknown, options)
         return lambda target: decorate(name, target, options)
 
     @staticmethod
@@ -121,6 +125,18 @@ class _Coldstart:
     def subscribe(subscriber: Callable[[Any], None]) -> Callable[[], None]:
         """Have ``subscriber`` called with every lifecycle event; returns the function that ends it."""
         return subscribe(subscriber)
+
+
+def _check_arguments(surplus: Sequence[Any], unknown: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    if surplus:
+        raise HandlerError("@coldstart takes one argument without a keyword, the name: write load=... for the loader")
+    if unknown:
+        from coldstart.config import nearest
+
+        wrong = next(iter(unknown))
+        near = nearest(wrong, options)
+        hint = f"did you mean {near}=?" if near else f"there are {', '.join(options)}"
+        raise HandlerError(f"@coldstart has no option {wrong!r}: {hint}")
 
 
 coldstart = _Coldstart()

@@ -1,9 +1,12 @@
 """Capturing: a surveyed state and its files, chunk by chunk, into a store; the manifest last.
 
 One thread, off the request path: ``pace()`` is called before every chunk and may wait while events are served. A
-chunk is hashed before and after its bytes were encoded, so bytes that change meanwhile drop the generation instead of
-ending up in it. Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds.
-Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
+chunk is hashed before and after it is copied, and only the copy is encoded and sent, so that a blob is always what its
+name says. Weights and files are hashed once more when all is copied: if any of them changed meanwhile, the generation is
+dropped. Of buffers that are declared to change, each chunk is of one moment.
+
+Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds and that may be
+relied on. Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class Capture(NamedTuple):
-    """What to capture. ``survey`` is None on rung *files*; ``parent`` the generation that this one follows."""
+    """What to capture. ``survey`` is None on rung *files*; ``parent`` the generation that this one follows.
+
+    ``repair``: what the store holds could not be read, so every blob is written again, whatever is there under its name.
+    """
 
     name: str
     key: KeyRecord
@@ -43,6 +49,7 @@ class Capture(NamedTuple):
     kinds: Mapping[str, str]
     warmup_digests: tuple[str, ...]
     provenance: Mapping[str, str]
+    repair: bool = False
 
 
 class Encoding(NamedTuple):
@@ -73,7 +80,8 @@ def write_generation(
 ) -> Written:
     """Write the blobs and the manifest of a new generation.
 
-    Raises StateChangedError when bytes change while they are copied, StoreError, CaptureError for a file that went away.
+    Raises StateChangedError when bytes change while they are copied, StoreError, CaptureError for a file that went away,
+    ManifestError for a state or files that the format has no room for.
     """
     sources = _array_sources(capture) + _file_sources(capture)
     layout = plan.layout([source.item for source in sources], parent=capture.parent)
@@ -82,6 +90,9 @@ def write_generation(
     for extent in layout.chunks:
         pace()
         chunks.append(writer.write(extent))
+    for extent, chunk in zip(layout.chunks, chunks, strict=True):
+        pace()
+        writer.check_unchanged(extent, chunk)
     manifest = _manifest(capture, layout, sources, tuple(chunks))
     key = repository.put_manifest(manifest)
     return Written(manifest, key, writer.written_bytes, writer.reused_bytes)
@@ -109,9 +120,14 @@ def _slice(view: memoryview, begin: int, end: int) -> memoryview:
 
 
 def kind_of(path: str, kinds: Mapping[str, str]) -> str:
-    """The declared kind of the longest prefix of ``path`` in ``kinds``, else ``weights``."""
-    prefix = max((prefix for prefix in kinds if path.startswith(prefix)), key=len, default=None)
+    """The kind that ``kinds`` declares for ``path`` or for the nearest place above it, else ``weights``."""
+    prefix = max((prefix for prefix in kinds if _is_at_or_below(path, prefix)), key=len, default=None)
     return "weights" if prefix is None else kinds[prefix]
+
+
+def _is_at_or_below(path: str, prefix: str) -> bool:
+    """``layers.1`` is above ``layers.1.bias`` and ``layers.1[0]``, and not above ``layers.10``."""
+    return path.startswith(prefix) and (path == prefix or prefix.endswith((".", "[")) or path[len(prefix)] in ".[")
 
 
 def _file_sources(capture: Capture) -> list[_Source]:
@@ -124,21 +140,24 @@ def _file_sources(capture: Capture) -> list[_Source]:
                 f"cannot read {file.path}, which the snapshot should hold: {error}", snapshot=capture.name
             ) from error
         item = plan.Item(f"{file.root}/{file.name}", length_bytes, 1, "other", "files", is_file=True)
-        sources.append(_Source(item, _file_reader(file.path, capture.name)))
+        sources.append(_Source(item, _file_reader(file.path, length_bytes, capture.name)))
     return sources
 
 
-def _file_reader(path: str, snapshot: str) -> Callable[[int, int], memoryview]:
+def _file_reader(path: str, length_bytes: int, snapshot: str) -> Callable[[int, int], memoryview]:
     def read(begin: int, end: int) -> memoryview:
         try:
             with open(path, "rb") as file:
                 data = os.pread(file.fileno(), end - begin, begin)
+                now_bytes = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise CaptureError(
                 f"cannot read {path}, which the snapshot should hold: {error}", snapshot=snapshot
             ) from error
-        if len(data) != end - begin:
-            raise StateChangedError(f"{path} became shorter while it was captured", snapshot=snapshot)
+        if now_bytes != length_bytes or len(data) != end - begin:
+            raise StateChangedError(
+                f"{path} had {length_bytes} bytes and has {now_bytes} while it is captured", snapshot=snapshot
+            )
         return memoryview(data)
 
     return read
@@ -157,7 +176,8 @@ class _ChunkWriter:
         self._layout = layout
         self._encoding = encoding
         self._codecs: dict[int, str] = {}
-        self._known = plan.known_chunks(capture.parent) if capture.parent is not None else {}
+        self._known = plan.known_chunks(capture.parent) if capture.parent is not None and not capture.repair else {}
+        self._parent_stays = _is_replaced(capture)
         self._places: list[list[tuple[int, _Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
             if source.item.length_bytes:
@@ -166,28 +186,41 @@ class _ChunkWriter:
             places.sort(key=lambda entry: entry[0])
 
     def write(self, extent: plan.Extent) -> Chunk:
-        from blake3 import blake3
-
-        raw = self._gather(extent)
-        raw_hash = str(blake3(raw).hexdigest())
+        raw_hash = _hash(self._gather(extent))
         item_bytes = self._layout.segments[extent.segment].item_bytes
         known = self._known.get((raw_hash, item_bytes, extent.length_bytes))
-        if known is not None:
+        if known is not None and self._may_reuse(known):
             self.reused_bytes += known.stored_bytes
             return known._replace(segment=extent.segment, offset_bytes=extent.offset_bytes)
+        raw = memoryview(bytes(self._gather(extent)))  # live memory may change while it is encoded and sent
+        if _hash(raw) != raw_hash:
+            raise self._changed()
         codec = self._codec(extent.segment, raw, item_bytes)
         stored, parameters = encoder(codec, level=self._encoding.level).encode(raw, item_bytes=item_bytes)
         if len(stored) >= len(raw):
             codec, stored, parameters = "raw", raw, {}
-        blob = str(blake3(stored).hexdigest())
-        written = self._repository.put_blob(blob, stored)
-        if str(blake3(self._gather(extent)).hexdigest()) != raw_hash:
-            raise StateChangedError("bytes of the state changed while they were copied", snapshot=self._capture.name)
-        self.written_bytes += len(stored) if written else 0
-        self.reused_bytes += 0 if written else len(stored)
+        blob = _hash(stored)
+        if self._repository.put_blob(blob, stored, rely_on_stored=not self._capture.repair):
+            self.written_bytes += len(stored)
+        else:
+            self.reused_bytes += len(stored)
         return Chunk(
             extent.segment, extent.offset_bytes, extent.length_bytes, raw_hash, codec, parameters, blob, len(stored)
         )
+
+    def check_unchanged(self, extent: plan.Extent, chunk: Chunk) -> None:
+        """Raise StateChangedError if weights or files are not what was copied. Other kinds are declared to change."""
+        segment = self._layout.segments[extent.segment]
+        is_lasting = segment.kind == "weights" or segment.consumer == plan.FILES
+        if is_lasting and _hash(self._gather(extent)) != chunk.raw_hash:
+            raise self._changed()
+
+    def _changed(self) -> StateChangedError:
+        return StateChangedError("bytes of the state changed while they were copied", snapshot=self._capture.name)
+
+    def _may_reuse(self, known: Chunk) -> bool:
+        """The blobs of the generation that is replaced live until then; any other may be the collector's next."""
+        return self._parent_stays or self._repository.has_blob(known.blob, known.stored_bytes)
 
     def _codec(self, segment: int, raw: memoryview, item_bytes: int) -> str:
         """Chosen once per segment, from a sample of its first chunk."""
@@ -196,7 +229,7 @@ class _ChunkWriter:
         return self._codecs[segment]
 
     def _gather(self, extent: plan.Extent) -> memoryview:
-        """The raw bytes of a chunk: a view of live memory where one item fills it, else a copy with zeroed padding."""
+        """The raw bytes of a chunk: a view (of live memory) where one item fills it, else a copy with zeroed padding."""
         places = self._places[extent.segment]
         end = extent.offset_bytes + extent.length_bytes
         index = max(0, bisect.bisect_right(places, extent.offset_bytes, key=lambda entry: entry[0]) - 1)
@@ -215,6 +248,18 @@ class _ChunkWriter:
                 gathered = memoryview(bytearray(extent.length_bytes))
             gathered[begin - extent.offset_bytes : stop - extent.offset_bytes] = piece
         return gathered
+
+
+def _hash(data: bytes | memoryview) -> str:
+    from blake3 import blake3
+
+    return str(blake3(data).hexdigest())
+
+
+def _is_replaced(capture: Capture) -> bool:
+    """Whether the parent is the generation that this one replaces, and not one of another key."""
+    parent = capture.parent
+    return parent is not None and parent.key == capture.key and parent.generation == capture.generation - 1
 
 
 def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chunks: tuple[Chunk, ...]) -> Manifest:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.caches import KEPT, FileSource, folder_files
+from coldstart.caches import KEPT, FileSource
 from coldstart.config import read_variable
-from coldstart.errors import HandlerError, UndeclaredNameError
+from coldstart.errors import HandlerError, ManifestError, UndeclaredNameError
 from coldstart.manifest import check_file_name
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Context:
     """What a user's hooks see of the start they run in.
 
     ``device``: ``cpu`` or ``cuda``. ``kind``: the start's kind so far (``restored``, ``cold``, ``fallback``).
-    ``files``: name -> path of the files that were kept, in every start. ``log(message, **fields)`` publishes a line to the
-    subscribers. ``phase(name)`` is a context manager that puts a named span of your own on the timeline.
+    ``files``: name -> path of the files that were kept, in every start. ``log(message, **fields)`` publishes a line to
+    the subscribers. ``phase(name)`` is a context manager that puts a named span of your own on the timeline.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Context:
         self.files = Files()
         self.kept: list[FileSource] = []
         self._declared = declared
+        self._downloads: dict[str, str] = {}
         self._kept_folder: Path | None = None
         self._span = span
         self._log = log
@@ -68,38 +69,43 @@ class Context:
     def keep(self, path: str | Path, *, name: str | None = None) -> Path:
         """Keep a file or a folder in the snapshot, and return where it is in this start.
 
-        Call it in ``load``: the first start returns ``path`` itself, a start from a snapshot the restored copy. ``name``
-        (default: the last part of the path) is its key in ``ctx.files``; files of a folder are at ``name/...``.
-        Raises HandlerError when nothing is there.
+        Call it in ``load``: the first start returns ``path`` itself, a start from a snapshot the restored copy.
+        ``name`` (default: the last part of the path) is its key in ``ctx.files``; files of a folder are at
+        ``name/...``. Raises HandlerError when nothing is there, and for a name that another file has.
         """
-        source = Path(path)
-        label = check_file_name(name or source.name)
-        if self._kept_folder is not None and (self._kept_folder / label).exists():
-            return self._kept_folder / label
-        if source.is_dir():
-            found = [
-                FileSource(KEPT, f"{label}/{Path(item.path).relative_to(source).as_posix()}", item.path)
-                for item in folder_files(KEPT, source, source)
-            ]
-        elif source.is_file():
-            found = [FileSource(KEPT, label, str(source))]
-        else:
-            raise HandlerError(f"ctx.keep({str(path)!r}): no file or folder is there")
+        label = _label(name or Path(path).name)
+        restored = self._restored(label)
+        if restored is not None:
+            return restored
+        found = _sources(Path(path), label)
+        for item in found:
+            if self.files.get(item.name, item.path) != item.path:
+                raise HandlerError(
+                    f"ctx.keep({str(path)!r}): {self.files[item.name]} is kept as {item.name!r} already; pass another name="
+                )
         self.kept += [item for item in found if item not in self.kept]
         self.files.update({item.name: item.path for item in found})
-        return source
+        return Path(path)
 
     def download(self, url: str, *, name: str | None = None, blake3: str = "") -> Path:
         """Fetch ``url`` (https, or http to this machine) once ever and keep it; later starts get the restored copy.
 
-        ``blake3``: the expected hash in hex; bytes that differ raise HandlerError.
+        ``name``: see ``keep``; the default is the last part of the address. ``blake3``: the expected hash in hex. Raises
+        HandlerError when the file cannot be fetched in full, or its bytes are others.
         """
-        label = check_file_name(name or url.rsplit("/", 1)[-1].split("?", 1)[0])
-        if self._kept_folder is not None and (self._kept_folder / label).exists():
-            return self._kept_folder / label
+        label = _label(name or _path_of(url).rsplit("/", 1)[-1])
+        restored = self._restored(label)
+        if restored is not None:
+            return restored
+        if self._downloads.setdefault(label, url) != url:
+            raise HandlerError(f"ctx.download({url!r}): another download is called {label!r}; pass another name=")
         target = self._scratch / label
-        _download(url, target, blake3)
+        _download(url, target, blake3.lower())
         return self.keep(target, name=label)
+
+    def _restored(self, label: str) -> Path | None:
+        found = self._kept_folder / label if self._kept_folder is not None else None
+        return found if found is not None and found.exists() else None
 
     def meta(self) -> AbstractContextManager[None]:
         """While it is entered, parameters of torch modules are made without bytes (buffers are real). For ``build``."""
@@ -111,18 +117,19 @@ class Context:
         """A declared variable of the environment. Raises UndeclaredNameError for a name not in ``env=``."""
         if name not in self._declared.env:
             raise UndeclaredNameError(
-                f"ctx.env({name!r}): not declared; write @coldstart(..., env=[{name!r}]), so that its value belongs to the snapshot's key"
+                f"ctx.env({name!r}): not declared; write @coldstart(..., env=[{name!r}]), so that its value belongs to the"
+                " snapshot's key"
             )
         value = read_variable(name)
         return default if value is None else value
 
     def secret(self, name: str) -> str:
-        """A declared secret. Raises UndeclaredNameError for a name not in ``secrets=``, HandlerError when it is not set."""
+        """A declared secret. Raises UndeclaredNameError for a name not in ``secrets=``, HandlerError if it is not set."""
         if name not in self._declared.secrets:
             raise UndeclaredNameError(f"ctx.secret({name!r}): not declared; write @coldstart(..., secrets=[{name!r}])")
         value = read_variable(name)
         if value is None:
-            raise HandlerError(f"the secret {name} is not set in this worker's environment")
+            raise HandlerError(f"the secret {name} is not set in this worker's environment: set the variable")
         return value
 
     def log(self, message: str, **fields: Any) -> None:
@@ -134,23 +141,70 @@ class Context:
         return self._span(name)
 
 
-def _download(url: str, target: Path, expected_blake3: str) -> None:
-    import shutil
-    import urllib.error
-    import urllib.request
+def _label(name: str) -> str:
+    try:
+        return check_file_name(name)
+    except ManifestError as error:
+        raise HandlerError(f"a file cannot be kept as {name!r}: pass name= as a relative path without '..'") from error
 
+
+def _sources(path: Path, label: str) -> list[FileSource]:
+    """The file at ``path``, or every file below the folder there, by absolute path."""
+    source = path.absolute()
+    if source.is_file():
+        return [FileSource(KEPT, label, str(source))]
+    files = sorted(item for item in source.rglob("*") if item.is_file())
+    if not files:
+        raise HandlerError(f"ctx.keep({str(path)!r}): no file is there, nor a folder with files: check the path")
+    return [FileSource(KEPT, f"{label}/{item.relative_to(source).as_posix()}", str(item)) for item in files]
+
+
+def _path_of(url: str) -> str:
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).path
+
+
+def _check_address(url: str) -> None:
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise HandlerError(f"ctx.download({url!r}): {error}") from error
+    here = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    if not (here or (parts.scheme == "https" and parts.hostname)):
+        raise HandlerError(f"ctx.download({url!r}): only https is fetched; give an https:// address")
+
+
+def _download(url: str, target: Path, expected_blake3: str) -> None:
     from blake3 import blake3
 
-    local = url.startswith(("http://127.0.0.1", "http://localhost", "http://[::1]"))
-    if not (url.startswith("https://") or local):
-        raise HandlerError(f"ctx.download({url!r}): only https is fetched")
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, draft.open("wb") as file:  # noqa: S310  scheme checked above
+        _fetch(url, draft)
+        if expected_blake3 and blake3().update_mmap(draft).hexdigest() != expected_blake3:
+            raise HandlerError(
+                f"ctx.download({url!r}): the bytes are not those of blake3={expected_blake3!r}; were they replaced there?"
+            )
+        draft.rename(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _fetch(url: str, draft: Path) -> None:
+    import shutil
+    import urllib.request
+    from http.client import HTTPException
+
+    _check_address(url)
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as answer, draft.open("wb") as file:  # noqa: S310  checked above
+            _check_address(answer.url)  # where a redirect has led
             shutil.copyfileobj(answer, file, 1 << 20)
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
-        raise HandlerError(f"ctx.download({url!r}) failed: {error}") from error
-    if expected_blake3 and blake3().update_mmap(draft).hexdigest() != expected_blake3:
-        raise HandlerError(f"ctx.download({url!r}): the bytes are not those of blake3={expected_blake3!r}")
-    draft.rename(target)
+            missing_bytes = int(answer.headers.get("Content-Length", file.tell())) - file.tell()
+    except (OSError, HTTPException) as error:  # URLError and TimeoutError are OSErrors
+        raise HandlerError(f"ctx.download({url!r}) failed: {error}; is the address right, and reachable?") from error
+    if missing_bytes:
+        raise HandlerError(f"ctx.download({url!r}): the answer ended {missing_bytes} bytes early; try again")

@@ -1,8 +1,8 @@
-"""Wrapping: a checked definition becomes a real function of the handler's kind with the signature ``(event)``. Nothing else.
+"""Wrapping: a checked definition becomes a real function of the handler's kind with the signature ``(event)``.
 
-Decorating does no I/O and starts nothing. The start begins with ``coldstart run|serve``, an adapter, ``prefetch(name)`` or
-the first event; ``coldstart.worker`` is imported then and not before. This module is on the path of ``from coldstart import
-coldstart``, so it imports nothing, not even ``typing``.
+Decorating does no I/O and starts nothing. The start begins with ``coldstart run|serve``, an adapter, ``prefetch(name)``
+or the first event; ``coldstart.worker`` is imported then and not before. This module is on the path of ``from coldstart
+import coldstart``, so it imports nothing, not even ``typing``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
             """Answer one event; the first one starts the worker and waits for it."""
 
     class ClassHandler(Handler[Any, Any], Protocol):
-        """A decorated class: answers events with ``handle``; its other public methods hang on it, gated on ready too."""
+        """A decorated class: answers events with ``handle``; its other public methods hang on it, gated too."""
 
         def __getattr__(self, name: str) -> Callable[..., Any]:
             """A further public method of the class, gated on ready."""
@@ -119,7 +119,8 @@ def _dress(wrapper: Any, target: Any, definition: Definition) -> None:
     wrapper.__module__ = target.__module__
     wrapper.__doc__ = target.__doc__
     annotations = getattr(definition.function, "__annotations__", {})
-    event = code_of(definition.function).co_varnames[1 if definition.owner else 0]
+    code, first = definition.code, 1 if definition.owner else 0
+    event = code.co_varnames[first] if code.co_argcount > first else ""
     wrapper.__annotations__ = {
         new: annotations[old] for new, old in (("event", event), ("return", "return")) if old in annotations
     }
@@ -137,6 +138,14 @@ def _gated_method(definition: Definition, name: str) -> Any:
     method = getattr(definition.owner, name)
     kind = kind_of_code(code_of(method)) if code_of(method) is not None else "sync"
 
+    def bound_sync(*arguments: Any, **options: Any) -> Any:
+        worker = definition.ready_worker or _start(definition)
+        return getattr(worker.model, name)(*arguments, **options)
+
+    def bound_generator(*arguments: Any, **options: Any) -> Any:
+        worker = definition.ready_worker or _start(definition)
+        return (yield from getattr(worker.model, name)(*arguments, **options))
+
     async def bound_async(*arguments: Any, **options: Any) -> Any:
         worker = definition.ready_worker or await _start_async(definition)
         return await getattr(worker.model, name)(*arguments, **options)
@@ -146,10 +155,7 @@ def _gated_method(definition: Definition, name: str) -> Any:
         async for piece in getattr(worker.model, name)(*arguments, **options):
             yield piece
 
-    def bound_sync(*arguments: Any, **options: Any) -> Any:
-        worker = definition.ready_worker or _start(definition)
-        return getattr(worker.model, name)(*arguments, **options)
-
-    bound: Any = {"async": bound_async, "async_generator": bound_async_generator}.get(kind, bound_sync)
+    of_kind = {"generator": bound_generator, "async": bound_async, "async_generator": bound_async_generator}
+    bound: Any = of_kind.get(kind, bound_sync)
     bound.__name__, bound.__doc__ = name, method.__doc__
     return bound

@@ -1,7 +1,7 @@
-"""What a decorator was given: checked, as plain data. The values that users pass, ``Warmup`` and ``Policy``, are here too.
+"""What a decorator was given: checked, as plain data. What users pass, ``Warmup`` and ``Policy``, is here too.
 
-This module is on the path of ``from coldstart import coldstart``, so it imports nothing, not even ``typing``: annotations
-are text, and kinds of functions are told by their code flags.
+This module is on the path of ``from coldstart import coldstart``, so it imports nothing, not even ``typing``:
+annotations are text, and kinds of functions are told by their code flags.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 _GENERATOR, _COROUTINE, _ASYNC_GENERATOR, _VARARGS = 0x20, 0x80, 0x200, 0x04  # inspect.CO_* flags
 _HOOKS = ("load", "build", "compile", "init", "close")
 CLASS_METHODS = (*_HOOKS, "handle")
+RESERVED = ("run",)
+"""What a handler has of its own: no public method of a class may be called that."""
 
 
 class _Frozen:
-    """A small value: attributes set once, equality and repr by them. (A dataclass would cost 23 ms at import.)"""
+    """A small value: attributes set once, equality and repr by them. A dataclass would cost 23 ms at import."""
 
     __slots__: tuple[str, ...] = ()
 
@@ -43,8 +45,8 @@ class Warmup(_Frozen):
     """How a worker warms up: inputs that go through the real handler before the first event.
 
     ``inputs`` become events ``{"id": "warmup-N", "input": ...}``, run ``iterations`` times over. Phases named in
-    ``skip`` are left out. A phase that takes longer than ``target_seconds`` is reported; after ``maximum_seconds`` no further
-    iteration is begun.
+    ``skip`` are left out. A phase that takes longer than ``target_seconds`` is reported; after ``maximum_seconds`` no
+    further iteration is begun. Raises HandlerError for values that cannot be meant.
     """
 
     __slots__ = ("inputs", "iterations", "maximum_seconds", "skip", "target_seconds")
@@ -63,13 +65,21 @@ class Warmup(_Frozen):
         target_seconds: float = 30.0,
         maximum_seconds: float = 300.0,
     ) -> None:
-        if isinstance(inputs, (str, bytes)) or not hasattr(inputs, "__iter__"):
-            raise HandlerError("warmup= takes a list of inputs, such as [{'texts': ['a']}], or a Warmup(...)")
-        if iterations < 1:
-            raise HandlerError(f"Warmup(iterations={iterations}) must be at least 1")
-        unknown = [phase for phase in skip if phase not in SKIPPABLE_PHASES]
-        if unknown:
-            raise HandlerError(f"Warmup(skip={list(skip)}) may name {', '.join(SKIPPABLE_PHASES)}")
+        if not _is_sequence(inputs):
+            raise HandlerError(
+                f"warmup= takes a list of inputs, such as [{{'texts': ['a']}}], or a Warmup(...), not {inputs!r}"
+            )
+        if not _is_number(iterations, least=1, whole=True):
+            raise HandlerError(f"Warmup(iterations={iterations!r}) must be a whole number of at least 1")
+        if not _is_sequence(skip) or any(phase not in SKIPPABLE_PHASES for phase in skip):
+            raise HandlerError(
+                f"Warmup(skip={skip!r}) takes a list of phases; it may name {', '.join(SKIPPABLE_PHASES)}"
+            )
+        if not (_is_number(target_seconds) and _is_number(maximum_seconds)):
+            raise HandlerError(
+                f"Warmup(target_seconds={target_seconds!r}, maximum_seconds={maximum_seconds!r}) takes seconds"
+                " of 0 or more"
+            )
         _set(self, inputs=tuple(inputs), iterations=iterations, skip=tuple(skip))
         _set(self, target_seconds=target_seconds, maximum_seconds=maximum_seconds)
 
@@ -89,8 +99,9 @@ class Policy(_Frozen):
     def __init__(
         self, *, after_events: int = 0, interval_seconds: float = 0.0, maximum_age_seconds: float = 0.0
     ) -> None:
-        if min(after_events, interval_seconds, maximum_age_seconds) < 0:
-            raise HandlerError("Policy(...) takes counts and seconds of 0 or more")
+        given = (after_events, interval_seconds, maximum_age_seconds)
+        if not (_is_number(after_events, whole=True) and all(map(_is_number, given))):
+            raise HandlerError(f"Policy{given} takes a whole number of events, and seconds, of 0 or more")
         _set(self, after_events=after_events, interval_seconds=interval_seconds)
         _set(self, maximum_age_seconds=maximum_age_seconds)
 
@@ -155,8 +166,9 @@ class Definition:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _checked_name(name: Any) -> str:
-    if callable(name):
+def check_name(name: Any) -> str:
+    """Return ``name`` if a handler, or a part of its state, can be called that. Raises HandlerError."""
+    if name is None or callable(name):
         raise HandlerError("@coldstart needs a name: write @coldstart('my-model', load=...)")
     plain = name.replace("-", "").replace("_", "").replace(".", "") if isinstance(name, str) else ""
     if not (plain.isalnum() and plain.isascii() and name[0].isalnum() and len(name) <= 100):  # noqa: PLR2004
@@ -167,17 +179,25 @@ def _checked_name(name: Any) -> str:
 
 
 def _checked_names(names: Any, what: str) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
-        raise HandlerError(f"{what}= takes a list of variable names, such as {what}=['MODEL_ID']")
+    if not _is_sequence(names) or not all(isinstance(name, str) and name for name in names):
+        raise HandlerError(f"{what}= takes a list of variable names, such as {what}=['MODEL_ID'], not {names!r}")
     return tuple(names)
 
 
 def _checked_files(files: Any) -> Mapping[str, str]:
     if not hasattr(files, "items"):
         raise HandlerError(
-            "files= takes a mapping of name -> path, such as {'tokenizer.json': 'assets/tokenizer.json'}"
+            f"files= takes a mapping of name -> path, such as {{'vocab.txt': 'assets/vocab.txt'}}, not {files!r}"
         )
     return {str(name): str(path) for name, path in files.items()}
+
+
+def _checked_kinds(kinds: Any) -> Mapping[str, str]:
+    if not hasattr(kinds, "items") or any(kind not in BUFFER_KINDS for kind in kinds.values()):
+        raise HandlerError(
+            f"kinds={kinds!r} has to map path prefixes to kinds of buffers, each one of {', '.join(BUFFER_KINDS)}"
+        )
+    return dict(kinds)
 
 
 def _check_options(definition: Definition) -> None:
@@ -190,11 +210,17 @@ def _check_options(definition: Definition) -> None:
         raise HandlerError(f"version={definition.version!r} must be a text that is not empty")
     if type(definition.concurrency) is not int or definition.concurrency < 1:
         raise HandlerError(f"concurrency={definition.concurrency!r} must be a whole number of at least 1")
-    wrong = sorted(set(definition.kinds.values()) - set(BUFFER_KINDS))
-    if wrong:
-        raise HandlerError(f"kinds= maps path prefixes to one of {', '.join(BUFFER_KINDS)}, not {', '.join(map(repr, wrong))}")
     if not isinstance(definition.policy, Policy):
-        raise HandlerError("policy= takes a coldstart.Policy(...)")
+        raise HandlerError(f"policy= takes a coldstart.Policy(...), not {definition.policy!r}")
+
+
+def _is_sequence(value: Any) -> bool:
+    """Whether a user can have meant a list by it: a text or a mapping, which can be iterated too, is a mistake."""
+    return hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not hasattr(value, "items")
+
+
+def _is_number(value: Any, *, least: int = 0, whole: bool = False) -> bool:
+    return type(value) in ((int,) if whole else (int, float)) and value >= least
 
 
 def code_of(function: Any) -> Any:
@@ -203,7 +229,7 @@ def code_of(function: Any) -> Any:
 
 
 def _check_takes(function: Any, what: str, least: int, most: int, signature: str) -> None:
-    """Check that ``function`` can be called with ``least`` to ``most`` positional arguments (nothing to see: let it be)."""
+    """Check that ``function`` can be called with ``least`` to ``most`` positional arguments, where that can be seen."""
     if not callable(function):
         raise HandlerError(f"{what}= must be a function {signature}, not {function!r}")
     code = code_of(function)
@@ -213,6 +239,11 @@ def _check_takes(function: Any, what: str, least: int, most: int, signature: str
     required = taken - len(getattr(function, "__defaults__", None) or ())
     if required > most or (taken < least and not code.co_flags & _VARARGS):
         raise HandlerError(f"{what} {code.co_name!r} takes {taken} argument(s); it must be {signature}")
+    if code.co_kwonlyargcount > len(getattr(function, "__kwdefaults__", None) or ()):
+        raise HandlerError(
+            f"{what} {code.co_name!r} has a keyword-only parameter without a default, and nothing passes it;"
+            f" it must be {signature}"
+        )
 
 
 def accepts(function: Any, count: int) -> bool:
@@ -227,31 +258,31 @@ def _parts(value: Any, what: str) -> Mapping[str, Callable[..., Any]]:
     parts = dict(value) if hasattr(value, "items") else {"": value}
     for name, function in parts.items():
         if name:
-            _checked_name(name)
+            check_name(name)
         _check_takes(function, what, 0, 1, f"{what}(ctx) or {what}()")
     if not parts:
-        raise HandlerError(f"{what}= is an empty mapping")
+        raise HandlerError(f"{what}= is an empty mapping: name at least one part of the state")
     return parts
 
 
-# --- what is decorated ---------------------------------------------------------------------------------------------------
+# --- what is decorated -----------------------------------------------------------------------------------------------
 
 
 def define(name: Any, target: Any, options: Mapping[str, Any]) -> Definition:
-    """Check what ``@coldstart(name, **options)`` was given above ``target`` and make its Definition. Raises HandlerError."""
+    """Check what ``@coldstart(name, **options)`` was given for ``target``: a Definition. Raises HandlerError."""
     definition = Definition()
     warmup = options["warmup"]
-    definition.name = _checked_name(name)
+    definition.name = check_name(name)
     definition.warmup = warmup if isinstance(warmup, Warmup) else Warmup(warmup)
     definition.files = _checked_files(options["files"] or {})
     definition.env, definition.secrets = (
         _checked_names(options["env"], "env"),
         _checked_names(options["secrets"], "secrets"),
     )
-    definition.kinds = dict(options["kinds"] or {})
+    definition.kinds = _checked_kinds(options["kinds"] or {})
     definition.version = options["version"]
     definition.concurrency = options["concurrency"]
-    definition.policy = options["policy"] or Policy()
+    definition.policy = Policy() if options["policy"] is None else options["policy"]
     definition.ready_worker = None
     _check_options(definition)
     if isinstance(target, type):
@@ -264,14 +295,17 @@ def define(name: Any, target: Any, options: Mapping[str, Any]) -> Definition:
 def _define_function(definition: Definition, function: Any, options: Mapping[str, Any]) -> None:
     if type(function).__name__ != "function":
         raise HandlerError(
-            f"@coldstart decorates a function or a class, not {type(function).__name__} {function!r}; put it directly above"
-            " the def, below decorators of platforms"
+            f"@coldstart decorates a function or a class, not {type(function).__name__} {function!r}; put it directly"
+            " above the def, below decorators of platforms"
         )
+    if hasattr(function, "__coldstart__"):
+        raise HandlerError(f"{function.__name__!r} is decorated with @coldstart(...) already: decorate it once")
     if function.__code__.co_argcount < 2 and not function.__code__.co_flags & _VARARGS:  # noqa: PLR2004
         raise HandlerError(
-            f"handler {function.__name__!r} has no second parameter: write def {function.__name__}(event, model), where model"
-            " is what init (or load) returned"
+            f"handler {function.__name__!r} has no second parameter: write def {function.__name__}(event, model), where"
+            " model is what init (or load) returned"
         )
+    _check_takes(function, "handler", 2, 2, "handler(event, model)")
     if options["load"] is None:
         raise HandlerError(f"@coldstart({definition.name!r}) needs load=: the function that makes the state")
     definition.owner = None
@@ -281,7 +315,8 @@ def _define_function(definition: Definition, function: Any, options: Mapping[str
     definition.build = {} if options["build"] is None else _parts(options["build"], "build")
     if set(definition.build) - set(definition.load):
         raise HandlerError(
-            f"build= has parts {sorted(definition.build)} and load= has {sorted(definition.load)}: give both the same names"
+            f"build= has parts {sorted(definition.build)} and load= has {sorted(definition.load)}:"
+            " give both the same names"
         )
     for what, signature in (
         ("compile", "compile(ctx, state)"),
@@ -299,7 +334,8 @@ def _define_class(definition: Definition, owner: type, options: Mapping[str, Any
     given = sorted(name for name in _HOOKS if options[name] is not None)
     if given:
         raise HandlerError(
-            f"class {owner.__name__} has methods for {', '.join(given)}: do not pass them to @coldstart as well"
+            f"class {owner.__name__} was decorated with {', '.join(f'{name}=' for name in given)}:"
+            " write methods of these names instead"
         )
     if owner.__init__ is not object.__init__:  # type: ignore[misc]  # asking for identity is sound
         raise HandlerError(
@@ -308,8 +344,16 @@ def _define_class(definition: Definition, owner: type, options: Mapping[str, Any
     methods = {name: _method(owner, name) for name in CLASS_METHODS}
     if methods["load"] is None or methods["handle"] is None:
         raise HandlerError(f"class {owner.__name__} needs the methods load(self, ctx) and handle(self, event)")
+    for name, method in methods.items():
+        least, most, signature = _METHOD_TAKES[name]
+        if method is not None:
+            _check_takes(method, f"{owner.__name__}.{name}", least, most, signature)
+    clash = [name for name in RESERVED if hasattr(owner, name)]
+    if clash:
+        raise HandlerError(
+            f"class {owner.__name__} has a public {clash[0]!r}, which every handler has of its own: rename it"
+        )
     handle = methods["handle"]
-    _check_takes(handle, "handle", 2, 2, "handle(self, event)")
     definition.owner = owner
     definition.kind = kind_of_code(handle.__code__)
     definition.function = handle
@@ -318,10 +362,23 @@ def _define_class(definition: Definition, owner: type, options: Mapping[str, Any
     definition.compile, definition.init, definition.close = methods["compile"], methods["init"], methods["close"]
 
 
+_METHOD_TAKES = {
+    "load": (1, 2, "load(self, ctx) or load(self)"),
+    "build": (1, 2, "build(self, ctx) or build(self)"),
+    "compile": (1, 2, "compile(self, ctx) or compile(self)"),
+    "init": (1, 2, "init(self, ctx) or init(self)"),
+    "close": (1, 1, "close(self)"),
+    "handle": (2, 2, "handle(self, event)"),
+}
+"""Method -> the least and the most that it takes, and how it is written."""
+
+
 def _method(owner: type, name: str) -> Any:
     method = getattr(owner, name, None)
     if method is not None and type(method).__name__ != "function":
-        raise HandlerError(f"{owner.__name__}.{name} must be an ordinary method")
+        raise HandlerError(
+            f"{owner.__name__}.{name} is a {type(method).__name__}: make it an ordinary method, def {name}(self, ...)"
+        )
     return method
 
 
@@ -339,5 +396,5 @@ def definition_of(handler: Any) -> Definition:
     """What ``handler`` was decorated with. Raises HandlerError for anything that is not a decorated handler."""
     definition = getattr(handler, "__coldstart__", None)
     if not isinstance(definition, Definition):
-        raise HandlerError(f"{handler!r} is not decorated with @coldstart(...)")
+        raise HandlerError(f"{handler!r} is not a handler: decorate it with @coldstart('name', load=...)")
     return definition

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from types import ModuleType
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.definition import Definition
-from coldstart.errors import HandlerError
+from coldstart.errors import EventError, HandlerError
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 class Target(NamedTuple):
@@ -22,15 +25,15 @@ def parse_target(text: str) -> Target:
     """Split ``FILE[:NAME]``. Raises HandlerError when no such file is there."""
     path, _, name = text.partition(":")
     if not path.endswith(".py"):
-        raise HandlerError(f"{path!r} is not a Python file; give the path of the handler's file, such as handlers/minilm.py")
-    if not os.path.isfile(path):
-        raise HandlerError(f"no file is at {path!r} (looked from {os.getcwd()})")
-    return Target(os.path.abspath(path), name or None)
+        raise HandlerError(f"{path!r} is not a Python file; give the path of a handler's file: handlers/minilm.py")
+    if not Path(path).is_file():
+        raise HandlerError(f"no file is at {path!r} (looked from {Path.cwd()}): check the path")
+    return Target(os.path.abspath(path), name or None)  # noqa: PTH100  resolve() would follow links
 
 
 def prepare_path(path: str) -> None:
     """Let the file's neighbours be importable, as they are when Python runs the file itself."""
-    folder = os.path.dirname(path)
+    folder = str(Path(path).parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
@@ -47,10 +50,10 @@ def import_file(path: str, *, module: str = "") -> ModuleType:
         found = _by_name(module, path)
         if found is not None:
             return found
-    name = os.path.splitext(os.path.basename(path))[0].replace("-", "_")
+    name = Path(path).stem.replace("-", "_")
     existing = sys.modules.get(name)
     if existing is not None:
-        if os.path.realpath(getattr(existing, "__file__", None) or "") == os.path.realpath(path):
+        if _is_of(existing, path):
             return existing
         name = f"_coldstart_handler_{name}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -60,8 +63,12 @@ def import_file(path: str, *, module: str = "") -> ModuleType:
     sys.modules[name] = loaded
     try:
         spec.loader.exec_module(loaded)
-    except SyntaxError as error:
-        raise HandlerError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except BaseException as error:
+        sys.modules.pop(name, None)  # as the import statement does: half a module is none
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename or path}:{error.lineno or 1}"
+            raise HandlerError(f"{place}: not valid Python: {error.msg}") from error
+        raise
     return loaded
 
 
@@ -72,7 +79,11 @@ def _by_name(module: str, path: str) -> ModuleType | None:
         found = importlib.import_module(module)
     except ImportError:
         return None
-    return found if os.path.realpath(getattr(found, "__file__", None) or "") == os.path.realpath(path) else None
+    return found if _is_of(found, path) else None
+
+
+def _is_of(module: ModuleType, path: str) -> bool:
+    return os.path.realpath(getattr(module, "__file__", None) or "") == os.path.realpath(path)
 
 
 def handlers_of(module: ModuleType) -> dict[str, Any]:
@@ -85,31 +96,29 @@ def handlers_of(module: ModuleType) -> dict[str, Any]:
 
 
 def choose_handler(module: ModuleType, target: Target) -> Any:
-    """The handler that ``target`` means. Raises HandlerError, naming what there is, when there is none or more than one."""
-    found = handlers_of(module)
-    if not found:
+    """The handler that ``target`` means. Raises HandlerError, naming what there is, for none or more than one."""
+    handlers = handlers_of(module)
+    if not handlers:
         raise HandlerError(
             f"{target.path} has no handler: decorate a function (event, model) with @coldstart('name', load=...)"
         )
-    if target.name is not None:
-        found = {
-            name: handler
-            for name, handler in found.items()
-            if target.name in (name, handler.__coldstart__.name)
-        }
-    if len(found) != 1:
-        names = ", ".join(handler.__coldstart__.name for handler in handlers_of(module).values())
-        wanted = f"no handler {target.name!r}" if target.name else f"{len(found)} handlers"
-        raise HandlerError(f"{target.path} has {wanted}; choose one with FILE:NAME (there: {names})")
-    return next(iter(found.values()))
+    wanted = {
+        id(handler): handler  # by identity: one handler may have two names
+        for name, handler in handlers.items()
+        if target.name in (None, name, handler.__coldstart__.name)
+    }
+    if len(wanted) != 1:
+        names = ", ".join(dict.fromkeys(handler.__coldstart__.name for handler in handlers.values()))
+        found = f"{len(wanted)} handlers" if wanted else f"no handler {target.name!r}"
+        raise HandlerError(f"{target.path} has {found}; choose one with FILE:NAME (there: {names})")
+    return next(iter(wanted.values()))
 
 
 def check_event(event: Any) -> Any:
     """Return ``event`` if it is one: a mapping with an ``input``. Raises EventError."""
-    from coldstart.errors import EventError
-
     if not isinstance(event, dict):
-        raise EventError(f"an event is an object with an 'input', such as {{\"input\": ...}}, not a {type(event).__name__}")
+        raise EventError(f'an event is an object with an input, such as {{"input": ...}}, not a {type(event).__name__}')
     if "input" not in event:
-        raise EventError(f"the event has no 'input' (it has {', '.join(sorted(map(str, event))) or 'nothing'})")
+        there = ", ".join(sorted(map(str, event))) or "nothing"
+        raise EventError(f'the event has no input (it has {there}): send {{"input": ...}}')
     return event

@@ -7,6 +7,7 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.devices.base import Device
+    from coldstart.fetch.base import FetchReport
     from coldstart.frameworks import Survey
     from coldstart.loops import Loops
     from coldstart.manifest import KeyRecord
@@ -105,6 +107,10 @@ class Early:
             if manifest is not None:
                 caches.point_to(caches.folder_of(manifest, Path(restoration.request.files_folder)), manifest)
 
+    def forget(self) -> None:
+        """In a forked child, where the threads at work on them are not: have nothing that one could wait for."""
+        self.restorations.clear()
+
     def take(self, part: str, key: KeyRecord) -> Restoration | None:
         """The restoration of a part if it is of this key; one of another key is cancelled."""
         restoration = self.restorations.pop(part, None)
@@ -165,11 +171,14 @@ def _restoration(
 class Part:
     """One part of a state in one start."""
 
-    def __init__(self, name: str, snapshot: str, key: KeyRecord | None, restoration: Restoration | None) -> None:
+    def __init__(
+        self, name: str, snapshot: str, key: KeyRecord | None, restoration: Restoration | None, context: Context
+    ) -> None:
         self.name = name
         self.snapshot = snapshot
         self.key = key
         self.restoration = restoration
+        self.context = context
         self.kind = "cold"
         self.reason = ""
         self.restored: Restored | None = None
@@ -188,6 +197,7 @@ class Parts:
         self, definition: Definition, services: Services, timeline: Timeline, early: Early | None, loops: Loops
     ) -> None:
         self.no_capture_reason = ""
+        self._records_opens = False
         self._definition = definition
         self._services = services
         self._timeline = timeline
@@ -195,34 +205,40 @@ class Parts:
         self.device = pick(services.settings.device)
         self.open_repository = early.opener if early else Opener(services.settings)
         self.parts = [self._part(name, early) for name in definition.load]
-        self.context = self._make_context()
+        self.context = self.parts[0].context
 
     def _part(self, name: str, early: Early | None) -> Part:
         definition, services = self._definition, self._services
         snapshot = snapshot_name(definition.name, name)
         if not services.uses_store:
             self.no_capture_reason = NO_STORE
-            return Part(name, snapshot, None, None)
+            return Part(name, snapshot, None, None, self._make_context())
         with self._timeline.span("key from functions"):
             try:
                 key = key_from_functions(definition, name, device_type=self.device.type, environment=read_variable)
             except KeyUncomputableError as error:
                 self.no_capture_reason = str(error)
-                return Part(name, snapshot, None, None)
+                return Part(name, snapshot, None, None, self._make_context())
         restoration = early.take(name, key) if early else None
         if restoration is None:
             restoration = _restoration(snapshot, name, key, self.open_repository, self.device, services)
-        return Part(name, snapshot, key, restoration)
+        return Part(name, snapshot, key, restoration, self._make_context())
 
     def _make_context(self) -> Context:
+        """A context for one part, with the declared files kept: what a part keeps is its own."""
         definition = self._definition
-        return Context(
+        context = Context(
             device=self.device.type,
             declared=Declared(definition.env, definition.secrets),
             span=lambda name: self._timeline.span(name, "phase"),
             log=lambda message, fields: self._services.bus.publish(events.UserLine(definition.name, message, fields)),
             scratch=Path(self._services.settings.files_folder) / definition.name / "downloads",
         )
+        base = Path(definition.code.co_filename).parent
+        for name, path in definition.files.items():
+            if (base / path).exists():
+                context.keep(base / path, name=name)
+        return context
 
     # --- what the start record says ----------------------------------------------------------------------------------
 
@@ -244,22 +260,31 @@ class Parts:
             f"{part.name}: {part.reason}" if part.name else part.reason for part in self.parts if part.reason
         )
 
+    @property
+    def restored(self) -> list[FetchReport]:
+        """How the parts that were restored were fetched."""
+        return [part.restored.report for part in self.parts if part.restored and part.kind == "restored"]
+
     # --- phase weight_load -------------------------------------------------------------------------------------------
 
     def load_state(self) -> Any:
         """Restore or load every part, and return the state: the part's own if there is but one unnamed, else by name."""
-        self._keep_declared_files()
         for part in self.parts:
             part.state = self._state_of(part)
+        self.context = self._joint_context()
         if self._definition.owner is None and list(self._definition.load) != [""]:
             return {part.name: part.state for part in self.parts}
         return self.parts[0].state
 
-    def _keep_declared_files(self) -> None:
-        base = Path(self._definition.code.co_filename).parent
-        for name, path in self._definition.files.items():
-            if (base / path).exists():
-                self.context.keep(base / path, name=name)
+    def _joint_context(self) -> Context:
+        """What ``compile`` and ``init`` get: the one part's context, or one with the files of all parts."""
+        if len(self.parts) == 1:
+            return self.parts[0].context
+        context = self._make_context()
+        context.kind = self.kind
+        for part in self.parts:
+            context.files.update(part.context.files)
+        return context
 
     def _state_of(self, part: Part) -> Any:
         if part.restoration is None:
@@ -278,7 +303,7 @@ class Parts:
                 )
             self._let_go_of_files(part)
             return self._load(part)
-        part.kind, self.context.kind = "restored", "restored"
+        part.kind = part.context.kind = "restored"
         return restored[0]
 
     def _restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
@@ -287,7 +312,7 @@ class Parts:
         build = self._definition.build.get(part.name)
         skeleton = None
         if manifest is not None and manifest.rung == "arrays" and build is not None and not manifest.files:
-            skeleton = self._build(build)  # in the shadow of the fetch
+            skeleton = self._build(build, part)  # in the shadow of the fetch
         outcome = restoration.outcome()
         part.lookup = outcome.lookup
         if isinstance(outcome, Missing):
@@ -301,9 +326,9 @@ class Parts:
         self._use_files(part, outcome)
         if outcome.manifest.rung == "files":
             outcome.arena.seal()
-            return (self._call(self._definition.load[part.name]),)
+            return (self._call(self._definition.load[part.name], part),)
         if skeleton is None and build is not None:
-            skeleton = self._build(build)
+            skeleton = self._build(build, part)
         outcome.arena.seal()
         return (self._bound(outcome, skeleton, build is not None),)
 
@@ -333,26 +358,26 @@ class Parts:
         part.files = [
             caches.FileSource(entry.root, entry.name, str(folder / entry.root / entry.name)) for entry in manifest.files
         ]
-        self.context.use_restored(folder, tuple(entry.name for entry in manifest.files if entry.root == caches.KEPT))
+        part.context.use_restored(folder, tuple(entry.name for entry in manifest.files if entry.root == caches.KEPT))
 
     def _let_go_of_files(self, part: Part) -> None:
         """Before ``load`` runs for real: hubs go online again and ``ctx.keep`` no longer finds restored copies."""
         if part.restored is not None:
             caches.point_back()
             part.files = []
-            self.context = self._make_context()
-            self._keep_declared_files()
+            part.context = self._make_context()
 
     def _load(self, part: Part) -> Any:
         """Run the user's ``load``, note which cache files it used and what its arrays look like before anyone changes them."""
         if part.kind != "fallback":
             part.kind = "cold"
-        self.context.kind = part.kind
+        part.context.kind = part.kind
         wants_capture = self._wants_capture(part)
-        if wants_capture:
+        if wants_capture and not self._records_opens:
+            self._records_opens = True
             caches.recorder.begin(caches.cache_roots().values())
         with self._timeline.span("load"):
-            state = self._call(self._definition.load[part.name])
+            state = self._call(self._definition.load[part.name], part)
         if wants_capture:
             self._survey(part, state)
         return state
@@ -370,18 +395,18 @@ class Parts:
             part.survey = found
             part.marks = marks_of(found)
 
-    def _call(self, hook: Callable[..., Any]) -> Any:
+    def _call(self, hook: Callable[..., Any], part: Part) -> Any:
         """Call ``load`` or ``build``; in class form the state is a fresh instance that the method fills."""
         owner = self._definition.owner
         if owner is None:
-            return self._loops.finish(hook(self.context) if accepts(hook, 1) else hook())
+            return self._loops.finish(hook(part.context) if accepts(hook, 1) else hook())
         instance: Any = object.__new__(owner)
-        self._loops.finish(hook(instance, self.context) if accepts(hook, 2) else hook(instance))
+        self._loops.finish(hook(instance, part.context) if accepts(hook, 2) else hook(instance))
         return instance
 
-    def _build(self, build: Callable[..., Any]) -> Any:
+    def _build(self, build: Callable[..., Any], part: Part) -> Any:
         with self._timeline.span("build"):
-            return self._call(build)
+            return self._call(build, part)
 
     def _subject(self, state: Any) -> Any:
         """What is surveyed and bound: in class form what the methods set on ``self``."""
@@ -420,15 +445,15 @@ class Parts:
         settings = self._services.settings
         return part.key is not None and settings.capture and part.lookup is not None and not self._services.pinned
 
-    def capture_plans(self, digests: tuple[str, ...], file: str) -> list[Plan]:
+    def capture_plans(self, digests: tuple[str, ...]) -> list[Plan]:
         """The generations that this worker is to make: of parts that were not restored, or by the handler's policy."""
         touched = caches.recorder.end()
-        return [plan for part in self.parts if (plan := self._capture_plan(part, digests, touched, file)) is not None]
+        return [plan for part in self.parts if (plan := self._capture_plan(part, digests, touched)) is not None]
 
-    def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str], file: str) -> Plan | None:
+    def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str]) -> Plan | None:
         policy = self._definition.policy
         if part.kind == "restored":
-            return self._policy_plan(part, digests, file) if policy != Policy() or _recovered(part) else None
+            return self._policy_plan(part, digests) if policy != Policy() or _recovered(part) else None
         if not self._wants_capture(part):
             self._no_capture(part, part.reason or "captures are switched off")
             return None
@@ -436,9 +461,9 @@ class Parts:
         if part.survey is None and not files:
             self._no_capture(part, f"{part.obstacle}; load used no hub cache either, so there is nothing to store")
             return None
-        return self._plan(part, tuple(files), digests, file)
+        return self._plan(part, tuple(files), digests)
 
-    def _policy_plan(self, part: Part, digests: tuple[str, ...], file: str) -> Plan | None:
+    def _policy_plan(self, part: Part, digests: tuple[str, ...]) -> Plan | None:
         """A further generation of a restored state. What it holds is surveyed anew; rung *files* stays as it is."""
         assert part.restored is not None
         if part.restored.manifest.rung == "arrays":
@@ -448,9 +473,9 @@ class Parts:
                 self._no_capture(part, str(error))
                 return None
             part.marks = marks_of(part.survey)
-        return self._plan(part, tuple(part.files), digests, file)
+        return self._plan(part, tuple(part.files), digests)
 
-    def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...], file: str) -> Plan:
+    def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
         assert part.key is not None
         assert part.lookup is not None
         capture = Capture(
@@ -465,18 +490,18 @@ class Parts:
             kinds=self._definition.kinds,
             warmup_digests=digests,
             provenance=versions(),
+            repair=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
         )
         created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
         due_at_once = part.kind != "restored" or _recovered(part)
-        origin = Origin(file, self._definition.function.__module__, self._definition.name)
-        return Plan(part.name, capture, part.lookup, part.marks, origin, due_at_once, created)
+        return Plan(part.name, capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
 
     def _files_for(self, part: Part, touched: set[str]) -> list[caches.FileSource]:
         """Kept files and those of hub caches; beside captured arrays without the files that held them."""
         hub = caches.used_files(touched, caches.cache_roots())
         if part.survey is not None:
             hub = [file for file in hub if Path(file.name).suffix not in caches.WEIGHT_SUFFIXES]
-        files = hub + self.context.kept
+        files = hub + part.context.kept
         if files:
             total_bytes = sum(Path(file.path).stat().st_size for file in files)
             self._services.bus.publish(events.FilesKept(part.snapshot, len(files), total_bytes))
@@ -487,9 +512,23 @@ class Parts:
         self._services.bus.publish(events.CaptureSkipped(part.snapshot, reason))
 
 
+def _unusable(part: Part) -> bool:
+    """Whether what the store holds for the part's key could not be read."""
+    return part.kind == "fallback" and part.restored is None
+
+
 def _recovered(part: Part) -> bool:
     """Whether the current generation was bad and the one before it served: a new one is due at once."""
     return part.restored is not None and part.restored.recovered_by == "previous_generation"
+
+
+def _origin(definition: Definition) -> Origin:
+    """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
+    defined = definition.owner or definition.function
+    module = sys.modules.get(defined.__module__)
+    file = getattr(module, "__file__", None) or definition.code.co_filename
+    spec = getattr(module, "__spec__", None)
+    return Origin(os.path.abspath(file), spec.name if spec else defined.__module__, definition.name)
 
 
 def versions() -> dict[str, str]:

@@ -50,30 +50,42 @@ class _Run:
         self.error: BaseException | None = None
 
     def work(self) -> None:
-        while (job := self._next()) is not None:
-            self._budget.acquire(job.cost_bytes)
-            try:
-                if self.error is None:
-                    job.run()
-            except BaseException as error:  # noqa: BLE001  carried to run_all's caller, nothing is swallowed
-                with self._lock:
-                    self.error = self.error or error
-            finally:
-                self._budget.release(job.cost_bytes)
+        try:
+            while (job := self._next()) is not None:
+                self._do(job)
+        except BaseException as error:  # noqa: BLE001  what `jobs` itself raised
+            self._fail(error)
+
+    def _do(self, job: Job) -> None:
+        self._budget.acquire(job.cost_bytes)
+        try:
+            if not self._is_over():  # it may have ended while this job waited for room
+                job.run()
+        except BaseException as error:  # noqa: BLE001  carried to run_all's caller, nothing is swallowed
+            self._fail(error)  # before the budget is released: whoever waits for it must see the end
+        finally:
+            self._budget.release(job.cost_bytes)
 
     def _next(self) -> Job | None:
         with self._lock:
-            if self.error is not None or self._stop.is_set():
-                return None
-            return next(self._jobs, None)
+            return None if self._is_over() else next(self._jobs, None)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self.error = self.error or error
+
+    def _is_over(self) -> bool:
+        return self.error is not None or self._stop.is_set()
 
 
 def run_all(
     jobs: Iterable[Job], *, threads: int, budget_bytes: int, name: str, stop: threading.Event | None = None
 ) -> None:
-    """Run all jobs on ``threads`` threads of that name, and raise the first error of any of them.
+    """Run all jobs on ``threads`` threads, the caller's among them, and raise the first error of any of them.
 
-    ``stop``: once it is set, no further job is begun and the call returns early without an error.
+    ``name`` is that of the other threads, with a number each. ``stop``: once it is set, no further job is begun and the
+    call returns early without an error. ``jobs`` is read by one thread at a time, as jobs are begun; what it raises counts
+    as a job's error.
     """
     run = _Run(jobs, budget_bytes, stop or threading.Event())
     others = [threading.Thread(target=run.work, name=f"{name}-{index}", daemon=True) for index in range(threads - 1)]

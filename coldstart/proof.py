@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.config import child_environment
@@ -42,6 +43,7 @@ class Proof:
         self._store_url = store_url
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
+        self._late = False
 
     def run(self, expected: tuple[str, ...]) -> bool:
         """Prove, and return whether answers could be compared (False: the handler answers differently each time).
@@ -66,59 +68,74 @@ class Proof:
     def stop(self) -> None:
         """End the child, if it runs."""
         self._stopped = True
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+        self._end_child()
+
+    def _end_child(self) -> None:
+        """End the child with whatever it started: it leads a process group of its own."""
+        import signal
+
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _child_result(self) -> dict[str, Any]:
-        import subprocess
+        import tempfile
 
-        if self._stopped:
-            raise ProofError("the worker is ending")
         reading, writing = os.pipe()
-        with os.fdopen(reading, "rb") as results:
+        with os.fdopen(reading, "rb") as results, tempfile.TemporaryFile() as errors:
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "coldstart", "prove", "--result-fd", str(writing)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    pass_fds=[writing],
-                    env=child_environment({**QUIET, "COLDSTART_STORE": self._store_url}),
-                )
+                process = self._process = self._child(writing, errors)
             finally:
                 os.close(writing)
-            return self._converse(self._process, results)
+            answer = self._converse(process, results)
+            if answer:
+                result: dict[str, Any] = json.loads(answer)
+                return result
+            errors.seek(0)
+            told = " | ".join(errors.read().decode(errors="replace").strip().splitlines()[-3:])
+        if self._stopped:
+            raise ProofError("the worker ended during the proof")
+        if self._late:
+            raise ProofError(f"the proving process gave no answer within {PROOF_SECONDS:.0f} s and was ended: {told}")
+        raise ProofError(f"the proving process ended with status {process.returncode} and no answer: {told}")
 
-    def _converse(self, process: subprocess.Popen[bytes], results: Any) -> dict[str, Any]:
+    def _child(self, result_fd: int, errors: Any) -> subprocess.Popen[bytes]:
         import subprocess
+
+        return subprocess.Popen(
+            [sys.executable, "-m", "coldstart", "prove", "--result-fd", str(result_fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=[result_fd],
+            env=child_environment({**QUIET, "COLDSTART_STORE": self._store_url}),
+            start_new_session=True,
+        )
+
+    def _converse(self, process: subprocess.Popen[bytes], results: Any) -> bytes:
+        """Tell the child what to prove; its answer, or nothing if it ended without one."""
         import threading
 
         assert process.stdin is not None
-        assert process.stderr is not None
-        errors: list[bytes] = []
-        drain = threading.Thread(target=lambda stream=process.stderr: errors.append(stream.read()), daemon=True)
-        drain.start()
-        timer = threading.Timer(PROOF_SECONDS, process.kill)
+        timer = threading.Timer(PROOF_SECONDS, self._too_late)
         timer.daemon = True
         timer.start()
+        if self._stopped:  # while the child was being started
+            self._end_child()
+        question = json.dumps({**self._spec, "sys_path": sys.path, "folder": os.getcwd()}).encode()
         try:
-            process.stdin.write(json.dumps({**self._spec, "sys_path": sys.path, "folder": os.getcwd()}).encode() + b"\n")
-            process.stdin.flush()
-            answer = results.read()
-        except BrokenPipeError:
-            answer = b""
+            with suppress(BrokenPipeError):  # it ended already: what it said then is among its errors
+                process.stdin.write(question + b"\n")
+                process.stdin.flush()
+            answer: bytes = results.readline()
         finally:
             timer.cancel()
-            process.stdin.close()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            drain.join()
-            process.stderr.close()
-        if not answer:
-            tail = b"".join(errors).decode(errors="replace").strip().splitlines()[-3:]
-            raise ProofError(f"the proving process ended with status {process.returncode} and no answer: {' | '.join(tail)}")
-        result: dict[str, Any] = json.loads(answer)
-        return result
+            self._end_child()
+            process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        return answer
+
+    def _too_late(self) -> None:
+        self._late = True
+        self._end_child()

@@ -13,7 +13,14 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.errors import ConditionFailedError, ManifestError, ObjectMissingError, StateChangedError
+from coldstart.errors import (
+    ConditionFailedError,
+    ManifestError,
+    ObjectMissingError,
+    StateChangedError,
+    StoreError,
+    StoreTransientError,
+)
 from coldstart.manifest import (
     Manifest,
     Ref,
@@ -39,7 +46,10 @@ COLLECTION_GRACE_SECONDS = 24 * 3600.0
 
 
 class Lookup(NamedTuple):
-    """The answer to "is there a snapshot for this key?": its ref and etag, or None; ``newest`` is the name's newest key."""
+    """The answer to "is there a snapshot for this key?": its ref and etag, or None.
+
+    ``newest`` is the ref itself or, without one, that of the name's newest other key.
+    """
 
     ref: Ref | None
     etag: str
@@ -66,8 +76,7 @@ class Repository:
         """The current generation for a key. Raises StoreError, ManifestError."""
         ref, etag = self._read_ref(ref_key(check_name(name), key.digest))
         if ref is None:
-            newest, _ = self._read_ref(newest_ref_key(name))
-            return Lookup(None, "", newest)
+            return Lookup(None, "", self._newest(name))
         if ref.name != name or ref.key.digest != key.digest:
             raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
         return Lookup(ref, etag, ref)
@@ -76,7 +85,9 @@ class Repository:
         """Read the manifest stored under ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
         manifest = manifest_from_json(self.store.get(key).data)
         if manifest.name != name:
-            raise ManifestError(f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key)
+            raise ManifestError(
+                f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key
+            )
         return manifest
 
     def _read_ref(self, key: str) -> tuple[Ref | None, str]:
@@ -86,33 +97,56 @@ class Repository:
             return None, ""
         return ref_from_json(stored.data), stored.etag
 
+    def _newest(self, name: str) -> Ref | None:
+        """The newest ref, which only explains and suggests: a malformed one is as good as none."""
+        try:
+            newest, _ = self._read_ref(newest_ref_key(name))
+        except ManifestError:
+            return None
+        return newest if newest is not None and newest.name == name else None
+
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def put_blob(self, blob: str, data: bytes | memoryview) -> bool:
+    def put_blob(self, blob: str, data: bytes | memoryview, *, rely_on_stored: bool = True) -> bool:
         """Store a blob under its hash; False if it was there already and may be relied on.
 
-        An existing blob older than half the collection's grace could be an orphan that a collector is about to delete,
-        so it is written again, which makes it young.
+        ``data`` must not change meanwhile: it is what the name says for ever. Without ``rely_on_stored`` it is written
+        whatever is there, which mends a blob that was damaged in the store.
         """
-        key = blob_key(blob)
-        try:
-            self.store.put(key, data, if_absent=True)
-        except ConditionFailedError:
-            if self._clock() - self.store.head(key).modified_seconds < COLLECTION_GRACE_SECONDS / 2:
-                return False
-            self.store.put(key, data)
+        if rely_on_stored and self.has_blob(blob, len(data)):
+            return False
+        self.store.put(blob_key(blob), data)
         return True
 
+    def has_blob(self, blob: str, length_bytes: int) -> bool:
+        """Whether a blob of this length is stored that no collector is about to delete.
+
+        One older than half the collection's grace could be an orphan whose time is nearly up (the other half is room for
+        clocks that differ and for captures that take hours). Writing it again makes it young.
+        """
+        try:
+            info = self.store.head(blob_key(blob))
+        except ObjectMissingError:
+            return False
+        is_young = self._clock() - info.modified_seconds < COLLECTION_GRACE_SECONDS / 2
+        return is_young and info.size_bytes == length_bytes
+
     def put_manifest(self, manifest: Manifest) -> str:
-        """Store a manifest under a fresh key, and return the key."""
+        """Store a manifest under a fresh key, and return the key.
+
+        Raises ManifestError for one that no reader would take (names that cannot be, limits): it is not stored.
+        """
+        data = manifest_to_json(manifest)
+        manifest_from_json(data)
         key = manifest_key(manifest.name, manifest.generation, self._unique())
-        self.store.put(key, manifest_to_json(manifest), if_absent=True)
+        self.store.put(key, data, if_absent=True)
         return key
 
     def publish(self, manifest: Manifest, key: str, *, replaces: Lookup) -> Ref:
         """Make the generation stored under ``key`` the current one, if the ref is still what ``replaces`` saw.
 
-        Raises StateChangedError when another writer was first (its generation stays), StoreError.
+        Raises StateChangedError when another writer was first (its generation stays), and StoreError when the store
+        failed and cannot say whether the ref was moved.
         """
         before = replaces.ref
         ref = Ref(
@@ -128,26 +162,41 @@ class Repository:
         target = ref_key(manifest.name, manifest.key.digest)
         try:
             self._swap(target, ref, replaces.etag)
-        except ConditionFailedError as error:
-            current, _ = self._read_ref(target)
-            if current is None or current.write_id != ref.write_id:
-                raise StateChangedError(
-                    f"another worker published snapshot {manifest.name!r} first; its generation is kept", snapshot=manifest.name
-                ) from error
+        except (ConditionFailedError, StoreTransientError) as error:
+            self._settle(target, ref, error)
         self._point_newest(ref)
         return ref
+
+    def _settle(self, target: str, ref: Ref, error: StoreError) -> None:
+        """Return if a swap that seemed to fail had taken effect and only its answer was lost; else raise.
+
+        It had if the ref is ours, or was ours when the writer after us replaced it.
+        """
+        current, _ = self._read_ref(target)
+        if current is not None and (current.write_id == ref.write_id or current.previous_manifest == ref.manifest):
+            return
+        if isinstance(error, StoreTransientError):
+            raise error
+        raise StateChangedError(
+            f"another worker published snapshot {ref.name!r} first; its generation is kept", snapshot=ref.name
+        ) from error
 
     def _swap(self, key: str, ref: Ref, etag: str) -> None:
         self.store.put(key, ref_to_json(ref), if_absent=not etag, if_match=etag or None)
 
     def _point_newest(self, ref: Ref) -> None:
-        """Let ``refs/<name>/newest`` follow. A convenience for people: losing a race here loses nothing."""
+        """Let ``refs/<name>/newest`` follow. A convenience for people: failing, or losing a race, loses nothing."""
         key = newest_ref_key(ref.name)
         try:
-            _, etag = self._read_ref(key)
-            self._swap(key, ref, etag)
-        except (ConditionFailedError, ManifestError):
+            self._swap(key, ref, self._etag(key))
+        except StoreError:
             return
+
+    def _etag(self, key: str) -> str:
+        try:
+            return self.store.get(key).etag
+        except ObjectMissingError:
+            return ""
 
     def write_start_record(self, name: str, record: dict[str, Any]) -> None:
         """Store one start record. Raises StoreError."""
@@ -158,28 +207,32 @@ class Repository:
 
     def refs(self, name: str | None = None) -> Iterator[tuple[str, Ref | ManifestError]]:
         """Every ref (or those of one name) with its key in the store; a malformed one comes as its error."""
-        prefix = f"refs/{check_name(name)}/" if name else "refs/"
+        prefix = "refs/" if name is None else f"refs/{check_name(name)}/"
         for info in sorted(self.store.list(prefix)):
             if info.key.endswith("/newest"):
                 continue
             try:
-                yield info.key, ref_from_json(self.store.get(info.key).data)
+                ref, _ = self._read_ref(info.key)
             except ManifestError as error:
                 yield info.key, error
+                continue
+            if ref is not None:  # else deleted since it was listed
+                yield info.key, ref
 
     def delete(self, name: str, key_digest: str | None = None) -> list[str]:
-        """Delete the refs of a snapshot (of one key, or all) and their manifests; blobs are left to the collector.
+        """Delete the refs of a snapshot (of one key, or all), and with all of them its manifests.
 
-        Returns the deleted object keys. Refs go first, so that no reader finds a ref without its manifest.
+        Blobs, and the manifests of a single key, are left to the collector. Returns the deleted object keys. Refs go
+        first, so that no reader finds a ref without its manifest.
         """
-        prefix = f"refs/{check_name(name)}/"
-        doomed = [info.key for info in self.store.list(prefix) if key_digest is None or info.key == prefix + key_digest]
-        newest, _ = self._read_ref(newest_ref_key(name))
-        if key_digest is not None and newest is not None and newest.key.digest == key_digest:
-            doomed.append(newest_ref_key(name))
-        if doomed and key_digest is None:
-            doomed += [info.key for info in self.store.list(f"manifests/{name}/")]
+        listed = [info.key for info in self.store.list(f"refs/{check_name(name)}/")]
+        if key_digest is None:
+            doomed = listed + [info.key for info in self.store.list(f"manifests/{name}/")]
+        else:
+            doomed = [key for key in listed if key == ref_key(name, key_digest)]
+            newest = self._newest(name)
+            if newest is not None and newest.key.digest == key_digest:
+                doomed.append(newest_ref_key(name))
         for key in doomed:
             self.store.delete(key)
         return doomed
-

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from coldstart.capture import Capture
     from coldstart.frameworks import Survey
+    from coldstart.metrics import Transfers
     from coldstart.proof import Origin
     from coldstart.repository import Lookup, Repository
 
@@ -76,12 +77,14 @@ class Resnapshot:
         idle_seconds: float,
         policy: Policy,
         served: Callable[[], int],
+        saves: Transfers,
         bus: events.EventBus,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self._first_done = threading.Event()
         self._policy = policy
         self._served = served
+        self._saves = saves
         self._plans = plans
         self._open_repository = open_repository
         self._encoding = encoding
@@ -145,6 +148,7 @@ class Resnapshot:
             return Outcome.none("the worker ended before the generation was published")
         repository.publish(written.manifest, written.manifest_key, replaces=replaces)
         manifest, seconds = written.manifest, time.monotonic() - began
+        self._saves.add(transferred_bytes=written.written_bytes, seconds=seconds)
         self._bus.publish(
             events.CaptureEnded(
                 capture.name,
@@ -189,7 +193,7 @@ class _Due:
     """When a plan is due again by the handler's policy."""
 
     def __init__(self, plan: Plan, policy: Policy, served: int) -> None:
-        self.plan = plan._replace(due_at_once=False)
+        self.plan = plan._replace(due_at_once=False, capture=plan.capture._replace(repair=False))
         self._policy = policy
         self._created_seconds = plan.created_seconds or time.time()
         self._served = served

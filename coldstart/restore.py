@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coldstart.devices.base import Arena, Device
-    from coldstart.fetch.base import FetchReport
+    from coldstart.fetch.base import Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.repository import Lookup, Repository
 
@@ -83,6 +83,7 @@ class Restoration:
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._cancelled = False
+        self._under_way: Fetch | None = None
         self._thread = threading.Thread(target=self._run, name=f"coldstart-restore-{request.name}", daemon=True)
         self._thread.start()
 
@@ -102,6 +103,8 @@ class Restoration:
     def cancel(self) -> None:
         """The snapshot is not wanted (its key turned out to be another): stop soon."""
         self._cancelled = True
+        if self._under_way is not None:
+            self._under_way.cancel()
 
     def _run(self) -> None:
         try:
@@ -156,7 +159,7 @@ class Restoration:
                 request.name, manifest.generation, manifest.rung, manifest.raw_bytes, manifest.stored_bytes
             )
         )
-        fetch = start_threads(
+        fetch = self._under_way = start_threads(
             FetchRequest(
                 manifest,
                 repository.store,

@@ -40,7 +40,9 @@ def _verify_chunk(manifest: Manifest, chunk: Chunk, store: Store) -> None:
 
     stored = memoryview(store.get(blob_key(chunk.blob)).data)
     if len(stored) != chunk.stored_bytes:
-        raise BlobCorruptError(f"the blob has {len(stored)} bytes, the manifest says {chunk.stored_bytes}", key=chunk.blob)
+        raise BlobCorruptError(
+            f"the blob has {len(stored)} bytes, the manifest says {chunk.stored_bytes}", key=chunk.blob
+        )
     if blake3(stored).hexdigest() != chunk.blob:
         raise BlobCorruptError("the blob's bytes are not those that its name says", key=chunk.blob)
     raw = memoryview(bytearray(chunk.length_bytes))

@@ -37,14 +37,14 @@ class Phases:
         self._skip = skip
         self._target_seconds = target_seconds
 
-    def run(self, phase: str, work: Callable[[], Any] | None, *, reason: str = "") -> Any:
-        """Run ``work`` as ``phase`` and return its result; None (no work, for ``reason``) or a skipped phase gives None.
+    def run(self, phase: str, work: Callable[[], Any] | None, *, reason: str = "", otherwise: Any = None) -> Any:
+        """Run ``work`` as ``phase`` and return its result; without work (for ``reason``) or skipped, return ``otherwise``.
 
         Raises PhaseError for any error of the user's code, with it as the cause; ColdstartErrors pass as they are.
         """
         if work is None or phase in self._skip:
             self._skipped(phase, reason if work is None else "switched off")
-            return None
+            return otherwise
         self._bus.publish(events.PhaseBegan(self._name, phase))
         try:
             with self._timed(phase):
@@ -54,7 +54,9 @@ class Phases:
             raise
         except Exception as error:  # the user's own code: whatever it raises fails the start under the phase's name
             raise PhaseError(
-                f"phase {phase} of {self._name!r} failed: {type(error).__name__}: {error}", snapshot=self._name, phase=phase
+                f"phase {phase} of {self._name!r} failed: {type(error).__name__}: {error}",
+                snapshot=self._name,
+                phase=phase,
             ) from error
 
     def _skipped(self, phase: str, reason: str) -> None:

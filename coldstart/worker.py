@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
@@ -29,6 +30,7 @@ from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from types import TracebackType
 
     from coldstart.definition import Definition
     from coldstart.resnapshot import Outcome, Plan
@@ -56,6 +58,8 @@ class _Registry:
 
     def _forked(self) -> None:
         self.lock = threading.Lock()
+        for early in self.early.values():
+            early.forget()
         self.early.clear()
         for worker in self.workers.values():
             worker.forked()
@@ -153,6 +157,8 @@ class Worker:
         self._ended = threading.Event()
         self._waiters: list[Callable[[], None]] = []
         self._error: BaseException | None = None
+        self._error_trace: TracebackType | None = None
+        self._start_thread = 0
         self._function = definition.function
         if definition.owner is not None:
             self._function = lambda event, instance: definition.function(instance, event)
@@ -171,11 +177,19 @@ class Worker:
         threading.Thread(target=self._run_start, name=f"coldstart-start-{self.definition.name}", daemon=True).start()
 
     def wait(self) -> Worker:
-        """Begin if need be, and wait until the worker is ready. Raises what made the start fail."""
+        """Begin if need be, and wait until the worker is ready. Raises what made the start fail, StartError once closed."""
+        if threading.get_ident() == self._start_thread and not self._ended.is_set():
+            raise StartError(
+                f"{self.definition.name!r} was called by its own load, init or warm-up, which its start waits for; call"
+                " handler.run(event, model) there",
+                snapshot=self.definition.name,
+            )
         self.begin()
         self._ended.wait()
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(
+                self._error_trace
+            )  # raising one error again and again would grow its traceback
         return self
 
     async def wait_async(self) -> Worker:
@@ -191,7 +205,8 @@ class Worker:
                 future.set_result(None)
 
         def wake() -> None:
-            loop.call_soon_threadsafe(settle)
+            with suppress(RuntimeError):  # a loop that was closed meanwhile has nobody waiting
+                loop.call_soon_threadsafe(settle)
 
         with self._lock:
             if not self._ended.is_set():
@@ -203,14 +218,18 @@ class Worker:
 
     def forked(self) -> None:
         """In a forked child: a ready worker serves on without making snapshots, a starting one has failed."""
-        self._lock = threading.Lock()
-        self.resnapshot = None
+        self._lock, self._ended, self._answered = threading.Lock(), threading.Event(), threading.Event()
+        self.resnapshot, self._plans, self._waiters = None, [], []
+        self.metrics = WorkerMetrics()
+        if self._early is not None:
+            self._early.forget()
         if self.state == "starting":
             self._error = ForkError(
                 f"the process forked while {self.definition.name!r} was starting; fork after it is ready, or start in the child",
                 snapshot=self.definition.name,
             )
             self._become("failed")
+        if self.state != "new":
             self._ended.set()
 
     # --- answering ---------------------------------------------------------------------------------------------------
@@ -301,14 +320,16 @@ class Worker:
     # --- the start ---------------------------------------------------------------------------------------------------
 
     def _run_start(self) -> None:
+        self._start_thread = threading.get_ident()
         try:
             self._start()
         except BaseException as error:  # noqa: BLE001  the start's edge: every waiter gets the error
             self._fail(error)
             return
         self._idle_since = time.monotonic()
-        if self._become("ready", only_from=("starting",)):
-            self.definition.ready_worker = self
+        if not self._become("ready", only_from=("starting",)):
+            self._end(made=True)  # closed meanwhile
+            return
         self._release()
         threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True).start()
 
@@ -331,13 +352,18 @@ class Worker:
             "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
         )
         state = state if compiled is None else compiled
-        made = phases.run("custom_init", self._hook(definition.init, parts.context, state), reason="no init=")
-        self.model = state if definition.owner is not None or definition.init is None else made
+        made = phases.run(
+            "custom_init", self._hook(definition.init, parts.context, state), reason="no init=", otherwise=state
+        )
+        self.model = state if definition.owner is not None else made
         inputs = definition.warmup.inputs
         warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
         report = self.warmup = warmed or WarmupReport((), 0, 0)
         self._parts = parts
-        self._plans = parts.capture_plans(report.digests[0] if report.digests else (), self.place[0])
+        self._plans = parts.capture_plans(report.digests[0] if report.digests else ())
+        for fetched in parts.restored:
+            seconds = fetched.ended_monotonic_seconds - fetched.began_monotonic_seconds
+            self.metrics.restores.add(transferred_bytes=fetched.fetched_bytes, seconds=seconds)
         self.metrics.cold.add(self.timeline.clock())
         self.record = start_record(definition, parts, phases.records, self.timeline, report)
         events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
@@ -353,9 +379,7 @@ class Worker:
     def _warmup(self) -> WarmupReport:
         warmup = self.definition.warmup
         iterations = max(warmup.iterations, DIGESTED_ITERATIONS) if self._services.pinned else warmup.iterations
-        return warm_up(
-            warmup.inputs, self._answer_once, iterations=iterations, maximum_seconds=warmup.maximum_seconds
-        )
+        return warm_up(warmup.inputs, self._answer_once, iterations=iterations, maximum_seconds=warmup.maximum_seconds)
 
     def _answer_once(self, event: Any) -> Any:
         """Answer a warm-up event in full: a stream's pieces come as a list. Not counted."""
@@ -387,6 +411,7 @@ class Worker:
                 idle_seconds=settings.capture_idle_seconds,
                 policy=self.definition.policy,
                 served=lambda: self._served,
+                saves=self.metrics.saves,
                 bus=events.bus,
             )
 
@@ -408,15 +433,25 @@ class Worker:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the worker: stop a capture, run the user's ``close``. Safe to call twice."""
+        """End the worker: stop a capture, run the user's ``close``. Safe to call twice.
+
+        Whoever waits for the start, or calls afterwards, gets a StartError. A start under way is not waited for: its own
+        thread runs ``close`` once it has something to close.
+        """
         ready = self._become("closing", only_from=("ready",))
-        if not ready and not self._become("closing", only_from=("new", "starting", "failed")):
+        starting = not ready and self._become("closing", only_from=("starting",))
+        if not (ready or starting or self._become("closing", only_from=("new", "failed"))):
             return
-        self.definition.ready_worker = None
+        self._error = self._error or StartError(f"{self.definition.name!r} is closed", snapshot=self.definition.name)
+        self._release()
         if self.resnapshot is not None:
             self.resnapshot.stop(STOP_SECONDS)
+        if not starting:
+            self._end(made=ready)
+
+    def _end(self, *, made: bool) -> None:
         try:
-            if ready and self.definition.close is not None:
+            if made and self.definition.close is not None:
                 self._loops.finish(self.definition.close(self.model))
         finally:
             self._loops.close()
@@ -428,10 +463,11 @@ class Worker:
             wrapped = StartError(f"the start of {name!r} failed: {type(error).__name__}: {error}", snapshot=name)
             wrapped.__cause__ = error
             error = wrapped
-        self._error = error
+        self._error, self._error_trace = self._error or error, error.__traceback__
         self.metrics.failures += 1
         events.bus.publish(events.WorkerFailed(name, f"{type(error).__name__}: {error}"))
-        self._become("failed")
+        if not self._become("failed", only_from=("starting",)):
+            self._end(made=False)  # closed meanwhile
         self._release()
         attach_sink(self._services.settings)
 
@@ -452,6 +488,7 @@ class Worker:
             if only_from and old not in only_from:
                 return False
             self.state = state
+            self.definition.ready_worker = self if state == "ready" else None
         events.bus.publish(events.StateChanged(self.definition.name, old, state))
         return True
 

@@ -8,6 +8,7 @@ import urllib.request
 import uuid
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from coldstart.stores import StoreOptions
@@ -15,6 +16,10 @@ from coldstart.stores import StoreOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+# Machines that run tests are shared: how long an example takes says nothing about it.
+hypothesis.settings.register_profile("coldstart", deadline=None)
+hypothesis.settings.load_profile("coldstart")
 
 _OUTSIDE = ("COLDSTART_", "AWS_", "RUNPOD_", "MODAL_", "HF_")
 

@@ -74,9 +74,9 @@ def test_a_default_is_a_value_that_could_be_given(setting):
         ("COLDSTART_CAPTURE_IDLE_SECONDS", "0.125", "capture_idle_seconds", 0.125),
         (
             "COLDSTART_SKIP_PHASES",
-            "custom_init, weight_load,custom_init",
+            "custom_init, pool_alloc,custom_init",
             "skip_phases",
-            ("weight_load", "custom_init"),
+            ("pool_alloc", "custom_init"),
         ),
         ("COLDSTART_SKIP_PHASES", ",".join(reversed(SKIPPABLE_PHASES)), "skip_phases", SKIPPABLE_PHASES),
         ("COLDSTART_R2_ACCOUNT_ID", "0123456789abcdef0123456789abcdef", "r2_account_id", "0123456789abcdef" * 2),

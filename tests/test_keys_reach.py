@@ -165,6 +165,10 @@ CHANGING = {
         LOAD + "X = []\nif __name__ != '__main__': X.append(1)",
         LOAD + "X = []\nif __name__ != '__main__': X.append(2)",
     ),
+    "a variable set before it is read": (
+        "import os\nos.environ['Q'] = '1'\ndef load(ctx): return os.environ['Q']",
+        "import os\nos.environ['Q'] = '2'\ndef load(ctx): return os.environ['Q']",
+    ),
     "an f-string": ("def load(ctx): return f'a{ctx}b'", "def load(ctx): return f'a{ctx}c'"),
     "a format": ("def load(ctx): return f'{ctx:>4}'", "def load(ctx): return f'{ctx:>5}'"),
     "an operator": ("def load(ctx): return 1 + 2", "def load(ctx): return 1 - 2"),
@@ -245,6 +249,10 @@ NOT_CHANGING = {
         "import logging\nlog = logging.getLogger()\nlogging.basicConfig(level=40)\ndef load(ctx): return log",
     ),
     "a text that is printed": (LOAD + "X = 'a'\nprint(X)", LOAD + "X = 'a'\nprint(X, X)"),
+    "an f-string that is printed": (
+        LOAD + "Y = 1\nX = f'{Y}'\nprint(X)",
+        LOAD + "Y = 1\nX = f'{Y}'\nprint(X, X)",
+    ),
     "another call of a helper": (
         LOAD + "X = use(1)\ny = use(2)",
         LOAD + "X = use(1)\ny = use(3)",

@@ -241,11 +241,12 @@ def test_one_call_is_one_attempt(store: S3Store, server: ScriptedServer, operati
 
 
 def test_a_range_is_asked_for_and_put_in_place(store: S3Store, server: ScriptedServer):
-    """The inclusive range of the target's length goes out, and the bytes land in the target."""
+    """The inclusive range of the target's length goes out, no checksum is asked for, the bytes land in the target."""
     server.answers = [ranged(5, 14, 100, b"0123456789")]
     target = bytearray(10)
     store.read_into("k", memoryview(target), offset_bytes=5)
     assert server.requests[0].headers["range"] == "bytes=5-14"
+    assert "x-amz-checksum-mode" not in server.requests[0].headers
     assert bytes(target) == b"0123456789"
 
 

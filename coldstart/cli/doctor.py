@@ -83,9 +83,13 @@ def _system() -> Iterator[Finding]:
     if sys.platform == "linux":
         yield Finding("system", "ok", f"Linux, {len(os.sched_getaffinity(0))} processors for this process")
     else:
-        yield Finding("system", "note", f"{sys.platform}: no memfd and no /proc; starts work, times lack the interpreter's own")
+        yield Finding(
+            "system", "note", f"{sys.platform}: no memfd and no /proc; starts work, times lack the interpreter's own"
+        )
     start = process_start_seconds()
-    yield Finding("process start", "ok", f"from the {start.source}, in steps of {1000 * start.resolution_seconds:.0f} ms")
+    yield Finding(
+        "process start", "ok", f"from the {start.source}, in steps of {1000 * start.resolution_seconds:.0f} ms"
+    )
 
 
 def _settings() -> Iterator[Finding]:
@@ -136,7 +140,9 @@ def _probe(url: str, store: Any) -> Iterator[Finding]:
         store.read_into(key, memoryview(part), offset_bytes=5)
         for name, holds in (("create-if-absent", create), ("compare-and-swap", swap), ("ranges", len(part) == 4)):  # noqa: PLR2004
             state = "ok" if holds else "note"
-            yield Finding("store", state, f"{name}: {'enforced' if holds else 'NOT enforced: two writers may undo each other'}")
+            yield Finding(
+                "store", state, f"{name}: {'enforced' if holds else 'NOT enforced: two writers may undo each other'}"
+            )
     finally:
         store.delete(key)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,16 @@ def run(options: argparse.Namespace) -> int:
     except Exception as error:  # noqa: BLE001  a process edge: whatever fails here is the proof's verdict
         result = {"error": f"{error}" if isinstance(error, ColdstartError) else f"{type(error).__name__}: {error}"}
     with os.fdopen(options.result_fd, "wb") as results:
-        results.write(json.dumps(result).encode())
+        results.write(json.dumps(result).encode() + b"\n")
     return 0
 
 
 def _end_with_parent() -> None:
-    """End at once when standard input ends: the worker is gone, or has stopped the proof."""
+    """End at once, with whatever this process started, when standard input ends: the worker is gone."""
     while sys.stdin.buffer.read(1 << 10):
         pass
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(3)
 
 

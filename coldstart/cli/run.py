@@ -141,5 +141,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return repr(value)
-
-

@@ -26,7 +26,11 @@ class FetchRequest(NamedTuple):
 
 
 class FetchReport(NamedTuple):
-    """What a finished fetch did. ``retried_chunks`` were corrupt on the first read and right on the second."""
+    """What a finished fetch did.
+
+    ``fetched_bytes`` counts every chunk once as it is stored, also where two share a blob. ``retried_chunks`` were corrupt
+    on the first read and right on the second.
+    """
 
     engine: str
     fetched_bytes: int
@@ -40,8 +44,11 @@ class Fetch(ABC):
 
     @abstractmethod
     def wait(self) -> FetchReport:
-        """Wait until every chunk is in place, verified. Raises BlobCorruptError, CodecError, StoreError."""
+        """Wait until every chunk is in place, verified. Raises BlobCorruptError, CodecError, StoreError.
+
+        After ``cancel`` it raises SnapshotError, whatever had been fetched by then.
+        """
 
     @abstractmethod
     def cancel(self) -> None:
-        """Stop soon; the arena is not used."""
+        """Begin no further chunk; the arena is not used."""

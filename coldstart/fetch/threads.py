@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coldstart.codecs import codec
-from coldstart.errors import BlobCorruptError
+from coldstart.errors import BlobCorruptError, SnapshotError
 from coldstart.fetch.base import Fetch, FetchReport, FetchRequest
 from coldstart.manifest import blob_key
 from coldstart.pipeline import Job, run_all
@@ -44,10 +44,11 @@ class _ThreadFetch(Fetch):
         self._thread.join()
         if self._error is not None:
             raise self._error
-        if self._stop.is_set():
-            raise BlobCorruptError("the fetch was cancelled", snapshot=self._request.manifest.name)
         manifest = self._request.manifest
-        return FetchReport("threads", manifest.stored_bytes, self._retried, self._began, self._ended)
+        if self._stop.is_set():
+            raise SnapshotError("the fetch was cancelled", snapshot=manifest.name)
+        fetched_bytes = sum(chunk.stored_bytes for chunk in manifest.chunks)
+        return FetchReport("threads", fetched_bytes, self._retried, self._began, self._ended)
 
     def cancel(self) -> None:
         self._stop.set()
@@ -101,4 +102,6 @@ def _check(data: memoryview, expected: str, blob: str) -> None:
     from blake3 import blake3
 
     if blake3(data).hexdigest() != expected:
-        raise BlobCorruptError(f"blob {blob} is not what its name says: altered or damaged in the store", key=blob_key(blob))
+        raise BlobCorruptError(
+            f"blob {blob} is not what its name says: altered or damaged in the store", key=blob_key(blob)
+        )

