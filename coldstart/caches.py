@@ -1,16 +1,19 @@
 """Files that belong to a snapshot: which ones `load` used from its hub caches, and where restored ones are put.
 
 A file entry names a *root*: ``kept`` for files given by ``files=`` or ``ctx.keep``, else the cache that it was found in
-(``HF_HOME``, ``TORCH_HOME``). At a restore each root becomes a folder below a private one; the roots' variables then
-point there and the hub works offline, so ``load`` finds its files where it expects them and nothing is downloaded.
+(``HF_HOME``, ``TORCH_HOME``; ``HF_HUB_CACHE`` where it is not the folder ``hub`` of the first). At a restore each root
+becomes a folder below a private one; the roots' variables then point there and the hub works offline, so ``load`` finds
+its files where it expects them and nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.config import read_variable, set_variables
 from coldstart.errors import StoreSetupError
@@ -19,13 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from coldstart.devices.base import Arena
-    from coldstart.manifest import Manifest
+    from coldstart.manifest import FileEntry, Manifest
 
 KEPT = "kept"
-_COMPLETE = ".complete"
 _HUB_FOLDER = "hub"
 _REPOSITORY_PREFIXES = ("models--", "datasets--", "spaces--")
-_LEFT_OUT = ("blobs", ".locks")
+_SECRETS = ("token", "stored_tokens")
+_HUB_CONSTANTS = "huggingface_hub.constants"
+_HUB_ROOTS = frozenset(("HF_HOME", "HF_HUB_CACHE"))
 WEIGHT_SUFFIXES = frozenset(
     (
         ".safetensors",
@@ -55,12 +59,29 @@ class FileSource(NamedTuple):
 
 
 def cache_roots() -> dict[str, Path]:
-    """The hub caches as this process finds them: root name -> folder (which need not exist)."""
-    home = Path(read_variable("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return {
-        "HF_HOME": Path(read_variable("HF_HOME") or home / "huggingface"),
-        "TORCH_HOME": Path(read_variable("TORCH_HOME") or home / "torch"),
-    }
+    """The hub caches that this process uses: root name -> folder (which need not exist).
+
+    What a hub's library has read already counts more than the variable that it read it from.
+    """
+    above = read_variable("XDG_CACHE_HOME") or "~/.cache"
+    home = _folder(_hub_constant("HF_HOME") or read_variable("HF_HOME") or f"{above}/huggingface")
+    hub = _folder(
+        _hub_constant("HF_HUB_CACHE")
+        or read_variable("HF_HUB_CACHE")
+        or read_variable("HUGGINGFACE_HUB_CACHE")
+        or home / _HUB_FOLDER
+    )
+    roots = {"HF_HOME": home, "TORCH_HOME": _folder(read_variable("TORCH_HOME") or f"{above}/torch")}
+    return roots if hub == home / _HUB_FOLDER else {**roots, "HF_HUB_CACHE": hub}
+
+
+def _folder(path: str | Path) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(os.path.expandvars(path))))
+
+
+def _hub_constant(name: str) -> Any:
+    """A constant that huggingface_hub made of its variables when it was imported; None if it is not."""
+    return getattr(sys.modules.get(_HUB_CONSTANTS), name, None)
 
 
 # --- what a load used ------------------------------------------------------------------------------------------------
@@ -70,30 +91,43 @@ class _OpenRecorder:
     """Notes paths below the cache roots that Python opens, by the interpreter's own audit events.
 
     An audit hook cannot be taken away again, so there is one for the process, installed by the first cold start, and
-    silent unless a start records.
+    silent unless a start records. A recording belongs to the thread that begins and ends it, and gets what any thread
+    opens: a load may read with threads of its own. So two starts at a time see each other's files, which makes their
+    snapshots larger than they need be; that one ends takes nothing from the other.
     """
 
     def __init__(self) -> None:
         self._installed = False
-        self._prefixes: tuple[str, ...] = ()
-        self._paths: set[str] = set()
+        self._recordings: dict[int, tuple[tuple[str, ...], set[str]]] = {}
 
     def begin(self, folders: Iterable[Path]) -> None:
-        self._paths = set()
-        self._prefixes = tuple(str(folder) + os.sep for folder in folders)
+        """Begin this thread's recording of what is opened below ``folders``."""
+        prefixes = tuple(form + os.sep for folder in folders for form in _forms(folder))
+        self._recordings[threading.get_ident()] = (prefixes, set())
         if not self._installed:
             sys.addaudithook(self._hook)
             self._installed = True
 
     def end(self) -> set[str]:
-        self._prefixes = ()
-        return self._paths
+        """End this thread's recording and return the paths, absolute; none if it had not begun one."""
+        _, paths = self._recordings.pop(threading.get_ident(), ((), set()))
+        return paths
 
     def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
-        if self._prefixes and event == "open" and isinstance(arguments[0], (str, os.PathLike)):
-            path = os.fspath(arguments[0])
-            if isinstance(path, str) and path.startswith(self._prefixes):
-                self._paths.add(path)
+        if event != "open" or not self._recordings or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        try:
+            path = os.path.abspath(os.fsdecode(arguments[0]))
+        except OSError:  # a relative path in a working folder that is gone; an error here would be the opener's
+            return
+        for prefixes, paths in tuple(self._recordings.values()):
+            if path.startswith(prefixes):
+                paths.add(path)
+
+
+def _forms(folder: Path) -> tuple[str, ...]:
+    """How a path below ``folder`` may begin: as it is given, and with its links resolved."""
+    return tuple(dict.fromkeys((os.path.abspath(folder), os.path.realpath(folder))))
 
 
 recorder = _OpenRecorder()
@@ -103,43 +137,66 @@ def used_files(paths: Iterable[str], roots: Mapping[str, Path]) -> list[FileSour
     """The cache files behind the ``paths`` that a load opened.
 
     Native readers (safetensors, tokenizers) open files unseen, so one file seen in a hub repository stands for the
-    whole of that repository as it is in the cache; elsewhere a file stands for itself.
+    whole of that repository as it is in the cache; elsewhere a file stands for itself. Access tokens are left out: they
+    lie in a root itself, beside the folders of its caches.
     """
     found: dict[tuple[str, str], FileSource] = {}
-    for path in sorted(paths):
-        for root, folder in roots.items():
-            if path.startswith(str(folder) + os.sep):
-                for source in _expand(root, folder, Path(path).relative_to(folder)):
-                    found[source.root, source.name] = source
+    for root, folder in roots.items():
+        below = {path[len(form) + 1 :] for form in _forms(folder) for path in paths if path.startswith(form + os.sep)}
+        for name in sorted({_repository_of(root, name) or name for name in below}):
+            for source in _expand(root, folder, name):
+                found[source.root, source.name] = source
     return list(found.values())
 
 
-def _expand(root: str, folder: Path, relative: Path) -> Iterator[FileSource]:
-    for depth, part in enumerate(relative.parts):
+def _repository_of(root: str, name: str) -> str:
+    """The folder of the hub repository that the file ``name`` below ``root`` belongs to, "" if to none."""
+    parts = name.split("/")
+    for depth, part in enumerate(parts):
         if part.startswith(_REPOSITORY_PREFIXES):
-            yield from folder_files(root, folder, folder.joinpath(*relative.parts[: depth + 1]))
-            return
-    path = folder / relative
-    if path.is_file() and not relative.name.endswith((".lock", ".incomplete")) and ".locks" not in relative.parts:
-        yield FileSource(root, relative.as_posix(), str(path))
+            return "/".join(parts[: depth + 1])
+    if root == "TORCH_HOME" and len(parts) > 2 and parts[0] == _HUB_FOLDER and parts[1] != "checkpoints":  # noqa: PLR2004
+        return "/".join(parts[:2])
+    return ""
+
+
+def _expand(root: str, folder: Path, name: str) -> Iterator[FileSource]:
+    """The files to store for ``name``, a file or a repository. A hub's blobs are left out: links lead to them."""
+    path, parts = folder / name, name.split("/")
+    if ".locks" in parts:
+        return
+    if path.is_dir():
+        blobs = f"{name}/blobs/"
+        yield from (source for source in folder_files(root, folder, path) if not source.name.startswith(blobs))
+    elif (
+        path.is_file() and len(parts) > 1 and parts[-1] not in _SECRETS and path.suffix not in (".lock", ".incomplete")
+    ):
+        yield FileSource(root, name, str(path))
 
 
 def folder_files(root: str, base: Path, folder: Path) -> Iterator[FileSource]:
-    """Every file below ``folder``, links followed, named relative to ``base``; a hub's blob store is left out."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(base)
-        if path.is_file() and not set(relative.parts) & set(_LEFT_OUT) and path.suffix not in (".lock", ".incomplete"):
-            yield FileSource(root, relative.as_posix(), str(path))
+    """Every file below ``folder``, links followed (but not in a circle), named relative to ``base``."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        above = os.path.realpath(parent) + os.sep
+        folders[:] = sorted(name for name in folders if not above.startswith(_real(parent, name) + os.sep))
+        for path in (Path(parent, name) for name in sorted(names)):
+            if path.is_file():
+                yield FileSource(root, path.relative_to(base).as_posix(), str(path))
+
+
+def _real(parent: str, name: str) -> str:
+    return os.path.realpath(os.path.join(parent, name))
 
 
 # --- putting restored files in place ---------------------------------------------------------------------------------
 
 
 def place_files(manifest: Manifest, arena: Arena, base: Path) -> Path:
-    """Write the files of ``manifest`` from ``arena`` below ``base`` and return their folder (``<folder>/<root>/<name>``).
+    """Write the files of ``manifest`` from ``arena`` below ``base`` and return their folder: ``<folder>/<root>/<name>``.
 
-    A folder written by an earlier start of the same files is used as it is. The folder appears whole or not at all.
-    Raises StoreSetupError where it cannot be written.
+    The folder appears whole or not at all. One written by an earlier start of the same files is used as it is; files
+    that are missing there, or have another size, are put back one by one. Raises StoreSetupError where it cannot be
+    written.
     """
     folder = folder_of(manifest, base)
     if _is_complete(folder, manifest):
@@ -155,7 +212,7 @@ def place_files(manifest: Manifest, arena: Arena, base: Path) -> Path:
 
 
 def folder_of(manifest: Manifest, base: Path) -> Path:
-    """Where ``place_files`` puts the files of ``manifest``; known before they are there, so hubs can be pointed to it."""
+    """Where ``place_files`` puts the files of ``manifest``; known before they are there, so hubs can be told."""
     return base / manifest.name / _files_digest(manifest)
 
 
@@ -165,27 +222,29 @@ def _files_digest(manifest: Manifest) -> str:
 
     segments = {entry.segment for entry in manifest.files}
     hashes = [chunk.raw_hash for chunk in manifest.chunks if chunk.segment in segments]
-    names = [f"{entry.root}/{entry.name}/{entry.mode}/{entry.offset_bytes}" for entry in manifest.files]
+    names = [
+        f"{entry.root}/{entry.name}/{entry.mode}/{entry.offset_bytes}+{entry.length_bytes}" for entry in manifest.files
+    ]
     return str(blake3("\n".join(hashes + names).encode()).hexdigest(length=16))
 
 
 def _is_complete(folder: Path, manifest: Manifest) -> bool:
-    def has_size(path: Path, length_bytes: int) -> bool:
-        try:
-            return path.stat().st_size == length_bytes
-        except OSError:
-            return False
+    return folder.is_dir() and all(_is_whole(folder, entry) for entry in manifest.files)
 
-    return (folder / _COMPLETE).exists() and all(
-        has_size(folder / entry.root / entry.name, entry.length_bytes) for entry in manifest.files
-    )
+
+def _is_whole(folder: Path, entry: FileEntry) -> bool:
+    try:
+        status = os.stat(folder / entry.root / entry.name)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == entry.length_bytes
 
 
 def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
     import shutil
 
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    draft = _draft_of(folder)
     try:
         for entry in manifest.files:
             path = draft / entry.root / entry.name
@@ -193,16 +252,26 @@ def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
             end = entry.offset_bytes + entry.length_bytes
             path.write_bytes(arena.writable(entry.segment)[entry.offset_bytes : end])
             path.chmod(entry.mode & 0o700 | 0o400)
-        (draft / _COMPLETE).touch()
-        if folder.exists() and not _is_complete(folder, manifest):
-            shutil.rmtree(folder)
         try:
             draft.rename(folder)
-        except OSError:
-            if not _is_complete(folder, manifest):  # a start beside this one was first, and that is as good
-                raise
+        except OSError:  # a start beside this one was first, or somebody damaged the folder since an earlier one
+            _mend(folder, manifest, draft)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _mend(folder: Path, manifest: Manifest, draft: Path) -> None:
+    """Put files that are missing or cut off back into a folder that other processes may be using."""
+    for entry in manifest.files:
+        if not _is_whole(folder, entry):
+            path = folder / entry.root / entry.name
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (draft / entry.root / entry.name).replace(path)
+
+
+def _draft_of(path: Path) -> Path:
+    """A fresh name beside ``path``, for what takes its place when it is ready."""
+    return path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 class _Hubs:
@@ -211,6 +280,7 @@ class _Hubs:
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.before: dict[str, str | None] = {}
+        self.offline_before = False
 
 
 _hubs = _Hubs()
@@ -219,55 +289,86 @@ _hubs = _Hubs()
 def point_to(folder: Path, manifest: Manifest) -> str:
     """Let the hubs of this process find the restored files below ``folder``, offline.
 
-    Returns "" or, where a hub's library was imported before and so has read its variables already, what was done instead: the
-    files were linked into the cache that it uses.
+    Returns "" or, where a hub's library has read its variables already, what was done instead: the files were linked
+    into the cache that it uses. Raises StoreSetupError where that cannot be written.
     """
-    roots = sorted({entry.root for entry in manifest.files} - {KEPT})
+    roots = {entry.root for entry in manifest.files} - {KEPT}
     if not roots or _hubs.folder == folder:
         return ""
+    if _hubs.folder is None:
+        _hubs.offline_before = _is_offline()
     _hubs.folder = folder
-    if "HF_HOME" in roots and "huggingface_hub" in sys.modules:
+    if roots & _HUB_ROOTS and _HUB_CONSTANTS in sys.modules:
         _link_into_live_caches(folder, manifest)
         _set_offline(offline=True)
         return "hub libraries were imported before the start, so restored files were linked into their live caches"
-    variables = {root: str(folder / root) for root in roots}
+    variables = {root: str(folder / root) for root in sorted(roots)}
     if "HF_HOME" in roots:
-        variables |= {
-            "HF_HUB_CACHE": str(folder / "HF_HOME" / _HUB_FOLDER),
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-        }
-    _hubs.before = {name: read_variable(name) for name in variables}
+        variables.setdefault("HF_HUB_CACHE", str(folder / "HF_HOME" / _HUB_FOLDER))
+    if roots & _HUB_ROOTS:
+        variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    _hubs.before = {name: read_variable(name) for name in variables} | _hubs.before
     set_variables(variables)
     return ""
 
 
 def point_back() -> None:
-    """Undo ``point_to``: hub libraries use this machine's caches again (as far as they ask anew) and go online."""
+    """Undo ``point_to``: hub libraries use this machine's caches again, as far as they ask anew, and go online."""
     if _hubs.folder is None:
         return
     set_variables(_hubs.before)
-    _set_offline(offline=False)
+    _set_offline(offline=_hubs.offline_before)
     _hubs.folder, _hubs.before = None, {}
 
 
 def _link_into_live_caches(folder: Path, manifest: Manifest) -> None:
-    live = cache_roots()
+    roots = cache_roots()
     for entry in manifest.files:
-        if entry.root == KEPT:
+        target = _live_place(entry, roots)
+        if target is None or target.exists():
             continue
-        target = live[entry.root] / entry.name
-        if not target.exists():
+        try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(folder / entry.root / entry.name)
+            _link(folder / entry.root / entry.name, target, copies="refs" in entry.name.split("/"))
+        except OSError as error:
+            raise StoreSetupError(
+                f"cannot link a restored file to {target}: {error}; import hub libraries in load and not before",
+                snapshot=manifest.name,
+            ) from error
+
+
+def _live_place(entry: FileEntry, roots: Mapping[str, Path]) -> Path | None:
+    """Where a hub's library looks for this file; None for files that are no hub's."""
+    hub = roots.get("HF_HUB_CACHE", roots["HF_HOME"] / _HUB_FOLDER)
+    if entry.root == "HF_HUB_CACHE":
+        return hub / entry.name
+    if entry.root == "HF_HOME" and entry.name.startswith(f"{_HUB_FOLDER}/"):
+        return hub / entry.name.removeprefix(f"{_HUB_FOLDER}/")
+    return roots[entry.root] / entry.name if entry.root in roots else None
+
+
+def _link(source: Path, target: Path, *, copies: bool) -> None:
+    """Let ``target`` be ``source``, in one step; a copy where hubs write in place, which must not reach the source."""
+    draft = _draft_of(target)
+    if copies:
+        draft.write_bytes(source.read_bytes())
+    else:
+        draft.symlink_to(source)
+    draft.replace(target)
+
+
+def _is_offline() -> bool:
+    """Whether hub libraries are told to stay offline: by their constant, or by the variables that it is made from."""
+    known = _hub_constant("HF_HUB_OFFLINE")
+    if known is not None:
+        return bool(known)
+    value = read_variable("HF_HUB_OFFLINE") or read_variable("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _set_offline(*, offline: bool) -> None:
     """Tell hub libraries that are already imported: they keep the variable's value as a constant."""
-    for module, name in (
-        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-        ("transformers.utils.hub", "_is_offline_mode"),
-    ):
+    for module, name in ((_HUB_CONSTANTS, "HF_HUB_OFFLINE"), ("transformers.utils.hub", "_is_offline_mode")):
         if hasattr(sys.modules.get(module), name):
             setattr(sys.modules[module], name, offline)
 

@@ -2,11 +2,11 @@
 
 One thread, off the request path: ``pace()`` is called before every chunk and may wait while events are served. A
 chunk is hashed before and after it is copied, and only the copy is encoded and sent, so that a blob is always what its
-name says. Weights and files are hashed once more when all is copied: if any of them changed meanwhile, the generation is
-dropped. Of buffers that are declared to change, each chunk is of one moment.
+name says. Weights and files are hashed once more when all is copied: if any of them changed meanwhile, the generation
+is dropped. Of buffers that are declared to change, each chunk is of one moment.
 
-Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds and that may be
-relied on. Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
+Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds and that may
+be relied on. Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class Capture(NamedTuple):
     """What to capture. ``survey`` is None on rung *files*; ``parent`` the generation that this one follows.
 
-    ``repair``: what the store holds could not be read, so every blob is written again, whatever is there under its name.
+    ``mends``: what the store holds could not be read, so every blob is written again, whatever is there under its name.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Capture(NamedTuple):
     kinds: Mapping[str, str]
     warmup_digests: tuple[str, ...]
     provenance: Mapping[str, str]
-    repair: bool = False
+    mends: bool = False
 
 
 class Encoding(NamedTuple):
@@ -80,8 +80,8 @@ def write_generation(
 ) -> Written:
     """Write the blobs and the manifest of a new generation.
 
-    Raises StateChangedError when bytes change while they are copied, StoreError, CaptureError for a file that went away,
-    ManifestError for a state or files that the format has no room for.
+    Raises StateChangedError when bytes change while they are copied, CaptureError for a file that went away,
+    ManifestError for a state or files that the format has no room for, StoreError.
     """
     sources = _array_sources(capture) + _file_sources(capture)
     layout = plan.layout([source.item for source in sources], parent=capture.parent)
@@ -176,7 +176,7 @@ class _ChunkWriter:
         self._layout = layout
         self._encoding = encoding
         self._codecs: dict[int, str] = {}
-        self._known = plan.known_chunks(capture.parent) if capture.parent is not None and not capture.repair else {}
+        self._known = plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {}
         self._parent_stays = _is_replaced(capture)
         self._places: list[list[tuple[int, _Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
@@ -200,7 +200,7 @@ class _ChunkWriter:
         if len(stored) >= len(raw):
             codec, stored, parameters = "raw", raw, {}
         blob = _hash(stored)
-        if self._repository.put_blob(blob, stored, rely_on_stored=not self._capture.repair):
+        if self._repository.put_blob(blob, stored, rely_on_stored=not self._capture.mends):
             self.written_bytes += len(stored)
         else:
             self.reused_bytes += len(stored)
@@ -229,7 +229,7 @@ class _ChunkWriter:
         return self._codecs[segment]
 
     def _gather(self, extent: plan.Extent) -> memoryview:
-        """The raw bytes of a chunk: a view (of live memory) where one item fills it, else a copy with zeroed padding."""
+        """The raw bytes of a chunk: a view of live memory where one item fills it, else a copy with padding of zeros."""
         places = self._places[extent.segment]
         end = extent.offset_bytes + extent.length_bytes
         index = max(0, bisect.bisect_right(places, extent.offset_bytes, key=lambda entry: entry[0]) - 1)
@@ -244,7 +244,7 @@ class _ChunkWriter:
             piece = source.read(begin - offset, stop - offset)
             if len(piece) == extent.length_bytes:
                 return piece
-            if not len(gathered):
+            if not gathered:
                 gathered = memoryview(bytearray(extent.length_bytes))
             gathered[begin - extent.offset_bytes : stop - extent.offset_bytes] = piece
         return gathered

@@ -81,7 +81,8 @@ class Context:
         for item in found:
             if self.files.get(item.name, item.path) != item.path:
                 raise HandlerError(
-                    f"ctx.keep({str(path)!r}): {self.files[item.name]} is kept as {item.name!r} already; pass another name="
+                    f"ctx.keep({str(path)!r}): {self.files[item.name]} is kept as {item.name!r} already;"
+                    " pass another name="
                 )
         self.kept += [item for item in found if item not in self.kept]
         self.files.update({item.name: item.path for item in found})
@@ -90,8 +91,8 @@ class Context:
     def download(self, url: str, *, name: str | None = None, blake3: str = "") -> Path:
         """Fetch ``url`` (https, or http to this machine) once ever and keep it; later starts get the restored copy.
 
-        ``name``: see ``keep``; the default is the last part of the address. ``blake3``: the expected hash in hex. Raises
-        HandlerError when the file cannot be fetched in full, or its bytes are others.
+        ``name``: see ``keep``; the default is the last part of the address. ``blake3``: the expected hash in hex.
+        Raises HandlerError when the file cannot be fetched in full, or its bytes are others.
         """
         label = _label(name or _path_of(url).rsplit("/", 1)[-1])
         restored = self._restored(label)
@@ -117,14 +118,14 @@ class Context:
         """A declared variable of the environment. Raises UndeclaredNameError for a name not in ``env=``."""
         if name not in self._declared.env:
             raise UndeclaredNameError(
-                f"ctx.env({name!r}): not declared; write @coldstart(..., env=[{name!r}]), so that its value belongs to the"
-                " snapshot's key"
+                f"ctx.env({name!r}): not declared; write @coldstart(..., env=[{name!r}]), so that its value belongs to"
+                " the snapshot's key"
             )
         value = read_variable(name)
         return default if value is None else value
 
     def secret(self, name: str) -> str:
-        """A declared secret. Raises UndeclaredNameError for a name not in ``secrets=``, HandlerError if it is not set."""
+        """A declared secret. Raises UndeclaredNameError for a name not in ``secrets=``, HandlerError if it is unset."""
         if name not in self._declared.secrets:
             raise UndeclaredNameError(f"ctx.secret({name!r}): not declared; write @coldstart(..., secrets=[{name!r}])")
         value = read_variable(name)
@@ -185,7 +186,7 @@ def _download(url: str, target: Path, expected_blake3: str) -> None:
         _fetch(url, draft)
         if expected_blake3 and blake3().update_mmap(draft).hexdigest() != expected_blake3:
             raise HandlerError(
-                f"ctx.download({url!r}): the bytes are not those of blake3={expected_blake3!r}; were they replaced there?"
+                f"ctx.download({url!r}): the bytes are not those of blake3={expected_blake3!r}; find out which is wrong"
             )
         draft.rename(target)
     finally:
@@ -203,7 +204,7 @@ def _fetch(url: str, draft: Path) -> None:
         with urllib.request.urlopen(url, timeout=60) as answer, draft.open("wb") as file:  # noqa: S310  checked above
             _check_address(answer.url)  # where a redirect has led
             shutil.copyfileobj(answer, file, 1 << 20)
-            missing_bytes = int(answer.headers.get("Content-Length", file.tell())) - file.tell()
+            missing_bytes = answer.length
     except (OSError, HTTPException) as error:  # URLError and TimeoutError are OSErrors
         raise HandlerError(f"ctx.download({url!r}) failed: {error}; is the address right, and reachable?") from error
     if missing_bytes:

@@ -166,14 +166,14 @@ class Definition:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_name(name: Any) -> str:
+def check_name(name: Any, most: int = 100) -> str:
     """Return ``name`` if a handler, or a part of its state, can be called that. Raises HandlerError."""
     if name is None or callable(name):
         raise HandlerError("@coldstart needs a name: write @coldstart('my-model', load=...)")
     plain = name.replace("-", "").replace("_", "").replace(".", "") if isinstance(name, str) else ""
-    if not (plain.isalnum() and plain.isascii() and name[0].isalnum() and len(name) <= 100):  # noqa: PLR2004
+    if not (plain.isalnum() and plain.isascii() and name[0].isalnum() and len(name) <= most):
         raise HandlerError(
-            f"{name!r} cannot name a handler: use letters, digits, '.', '_' and '-', at most 100 of them"
+            f"{name!r} cannot name a handler: use letters, digits, '.', '_' and '-', at most {most} of them"
         )
     return str(name)
 
@@ -258,7 +258,7 @@ def _parts(value: Any, what: str) -> Mapping[str, Callable[..., Any]]:
     parts = dict(value) if hasattr(value, "items") else {"": value}
     for name, function in parts.items():
         if name:
-            check_name(name)
+            check_name(name, most=64)
         _check_takes(function, what, 0, 1, f"{what}(ctx) or {what}()")
     if not parts:
         raise HandlerError(f"{what}= is an empty mapping: name at least one part of the state")
@@ -374,7 +374,7 @@ _METHOD_TAKES = {
 
 
 def _method(owner: type, name: str) -> Any:
-    method = getattr(owner, name, None)
+    method = next((vars(base)[name] for base in owner.__mro__ if name in vars(base)), None)
     if method is not None and type(method).__name__ != "function":
         raise HandlerError(
             f"{owner.__name__}.{name} is a {type(method).__name__}: make it an ordinary method, def {name}(self, ...)"

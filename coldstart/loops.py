@@ -46,10 +46,12 @@ class Loops:
     def _run(self, awaitable: Any) -> Any:
         import asyncio
 
+        loop = self._serving_loop()
+
         async def settle() -> Any:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(settle(), self._serving_loop()).result()
+        return asyncio.run_coroutine_threadsafe(settle(), loop).result()
 
     def _serving_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None and not self._needs_serving_loop:
@@ -62,7 +64,7 @@ class Loops:
         import asyncio
 
         loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="coldstart-loop", daemon=True).start()
+        threading.Thread(target=_run_private, args=(loop,), name="coldstart-loop", daemon=True).start()
         self._private = True
         self.attach(loop)
 
@@ -70,6 +72,14 @@ class Loops:
         """Stop the private loop, if there is one."""
         if self._private and self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+def _run_private(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
 
 
 async def _collect(pieces: Any) -> list[Any]:

@@ -490,7 +490,7 @@ class Parts:
             kinds=self._definition.kinds,
             warmup_digests=digests,
             provenance=versions(),
-            repair=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
+            mends=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
         )
         created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
         due_at_once = part.kind != "restored" or _recovered(part)

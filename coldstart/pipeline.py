@@ -83,9 +83,9 @@ def run_all(
 ) -> None:
     """Run all jobs on ``threads`` threads, the caller's among them, and raise the first error of any of them.
 
-    ``name`` is that of the other threads, with a number each. ``stop``: once it is set, no further job is begun and the
-    call returns early without an error. ``jobs`` is read by one thread at a time, as jobs are begun; what it raises counts
-    as a job's error.
+    ``name`` is that of the other threads, with a number each. ``stop``: once it is set, no further job is begun and
+    the call returns early without an error. ``jobs`` is read by one thread at a time, as jobs are begun; what it raises
+    counts as a job's error.
     """
     run = _Run(jobs, budget_bytes, stop or threading.Event())
     others = [threading.Thread(target=run.work, name=f"{name}-{index}", daemon=True) for index in range(threads - 1)]

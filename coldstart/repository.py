@@ -1,4 +1,4 @@
-"""Snapshots in a store: which generation is current, and how a new one becomes current. Sits on the store contract alone.
+"""Snapshots in a store: which generation is current, and how a new one becomes current. Knows the store contract alone.
 
 Publishing is three steps, each harmless if the process dies after it: blobs (content-named, written once), the manifest
 (immutable, a fresh name), the ref (compare-and-swap). Until the ref moves, readers see the previous generation; what
@@ -82,7 +82,7 @@ class Repository:
         return Lookup(ref, etag, ref)
 
     def manifest(self, key: str, *, name: str) -> Manifest:
-        """Read the manifest stored under ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
+        """Read the manifest ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
         manifest = manifest_from_json(self.store.get(key).data)
         if manifest.name != name:
             raise ManifestError(
@@ -121,8 +121,8 @@ class Repository:
     def has_blob(self, blob: str, length_bytes: int) -> bool:
         """Whether a blob of this length is stored that no collector is about to delete.
 
-        One older than half the collection's grace could be an orphan whose time is nearly up (the other half is room for
-        clocks that differ and for captures that take hours). Writing it again makes it young.
+        One older than half the collection's grace could be an orphan whose time is nearly up (the other half is room
+        for clocks that differ and for captures that take hours). Writing it again makes it young.
         """
         try:
             info = self.store.head(blob_key(blob))

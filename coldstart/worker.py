@@ -159,6 +159,7 @@ class Worker:
         self._error: BaseException | None = None
         self._error_trace: TracebackType | None = None
         self._start_thread = 0
+        self._after: threading.Thread | None = None
         self._function = definition.function
         if definition.owner is not None:
             self._function = lambda event, instance: definition.function(instance, event)
@@ -219,7 +220,7 @@ class Worker:
     def forked(self) -> None:
         """In a forked child: a ready worker serves on without making snapshots, a starting one has failed."""
         self._lock, self._ended, self._answered = threading.Lock(), threading.Event(), threading.Event()
-        self.resnapshot, self._plans, self._waiters = None, [], []
+        self.resnapshot, self._after, self._plans, self._waiters = None, None, [], []
         self.metrics = WorkerMetrics()
         if self._early is not None:
             self._early.forget()
@@ -330,8 +331,9 @@ class Worker:
         if not self._become("ready", only_from=("starting",)):
             self._end(made=True)  # closed meanwhile
             return
+        self._after = threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True)
+        self._after.start()
         self._release()
-        threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True).start()
 
     def _start(self) -> None:
         """The order of a start. Every line of the timeline is begun here."""
@@ -399,10 +401,9 @@ class Worker:
         settings = self._services.settings
         self._answered.wait(SINK_QUIET_SECONDS)
         attach_sink(settings)
-        if self.state != "ready" or self._parts is None:
-            return
+        assert self._parts is not None
         self._parts.write_record(self.record)
-        if self._plans:
+        if self._plans and self.state == "ready":
             self.resnapshot = Resnapshot(
                 self._plans,
                 self._parts.open_repository,
@@ -443,7 +444,10 @@ class Worker:
         if not (ready or starting or self._become("closing", only_from=("new", "failed"))):
             return
         self._error = self._error or StartError(f"{self.definition.name!r} is closed", snapshot=self.definition.name)
+        self._answered.set()
         self._release()
+        if ready and self._after is not None:
+            self._after.join(STOP_SECONDS)  # its log lines and the start record are worth that
         if self.resnapshot is not None:
             self.resnapshot.stop(STOP_SECONDS)
         if not starting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import urllib.request
 import uuid
 from typing import TYPE_CHECKING
@@ -82,3 +83,12 @@ def new_s3_bucket(s3_endpoint: str) -> Callable[[], str]:
 def s3_bucket(new_s3_bucket: Callable[[], str]) -> str:
     """A fresh, empty bucket on the moto server."""
     return new_s3_bucket()
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left() -> Iterator[None]:
+    """Workers that a test started in this process end with it."""
+    yield
+    worker = sys.modules.get("coldstart.worker")
+    if worker is not None:
+        worker.forget_workers()

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,21 +160,40 @@ def flip(path: Path, position: int = 0) -> None:
 
 
 class Seen:
-    """A subscriber that keeps the events of one handler, or of all."""
+    """A subscriber that keeps the events of one handler."""
 
-    def __init__(self, name: str = "") -> None:
-        self.events: list[Any] = []
+    def __init__(self, name: str) -> None:
         self._name = name
+        self._events: list[Any] = []
+        self._changed = threading.Condition()
         self.stop: Callable[[], None] = events.bus.subscribe(self)
 
     def __call__(self, event: events.Event) -> None:
-        if not self._name or getattr(event, "name", "").split("=")[0] == self._name:
-            self.events.append(event)
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify_all()
+
+    def wait_for(self, kind: type[Any], count: int = 1) -> Any:
+        """Wait for the ``count``-th event of a kind, and return it."""
+        with self._changed:
+            found = self._changed.wait_for(lambda: len(self._of(kind)) >= count, RUN_SECONDS)
+            assert found, f"no {kind.__name__} came, but {self._events}"
+            return self._of(kind)[count - 1]
+
+    def all(self) -> list[Any]:
+        """All events that were published before this call, in order: another thread may still be delivering them."""
+        marker = events.UserLine("", "marker", {})
+        events.bus.publish(marker)
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(event is marker for event in self._events), RUN_SECONDS)
+            return [event for event in self._events if self._is_of_name(event)]
 
     def of(self, kind: type[Any]) -> list[Any]:
-        """Those of a kind, in order."""
-        return [event for event in self.events if isinstance(event, kind)]
+        """Those of a kind that were published before this call, in order."""
+        return [event for event in self.all() if isinstance(event, kind)]
 
-    def kinds(self) -> list[str]:
-        """The names of all kinds, in order."""
-        return [type(event).__name__ for event in self.events]
+    def _of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self._events if isinstance(event, kind) and self._is_of_name(event)]
+
+    def _is_of_name(self, event: Any) -> bool:
+        return bool(getattr(event, "name", "").split("=")[0] == self._name)

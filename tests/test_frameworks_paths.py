@@ -44,7 +44,9 @@ def test_paths_read_as_python_would_write_them(path: str, expected: str):
     assert path == expected
 
 
-@pytest.mark.parametrize("key", [object(), enum.Enum("Color", "RED").RED, float("nan"), 1 << 80, (1, object())])
+@pytest.mark.parametrize(
+    "key", [object(), enum.Enum("Color", "RED").RED, float("nan"), 1 << 80, (1, object()), ((((((1,),),),),),)]
+)
 def test_a_key_without_a_text_of_its_own_is_named_by_its_position(key: object):
     """Nothing of an address or a repr that another process would not repeat gets into a path."""
     assert item("a", key, 2) == f"a[{type(key).__name__}#2]"

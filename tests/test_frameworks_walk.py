@@ -268,6 +268,28 @@ def test_arrays_of_other_libraries_are_refused():
         survey({"w": OnDevice()})
 
 
+def test_containers_that_override_their_reading_are_read_as_they_are():
+    """A dict or list that would import or compute something when iterated is not asked to."""
+
+    class LazyDict(dict[str, Any]):
+        def items(self) -> Any:
+            raise AssertionError
+
+        values = keys = __iter__ = items
+
+    class LazyOrdered(collections.OrderedDict[str, Any]):
+        def values(self) -> Any:
+            raise AssertionError
+
+    class LazyList(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError
+
+    ordered = LazyOrdered(a=array(), b=array())
+    ordered.move_to_end("a")
+    assert paths([LazyDict(w=array()), LazyList([array()]), ordered]) == ['[0]["w"]', "[1][0]", '[2]["b"]', '[2]["a"]']
+
+
 def test_no_code_of_the_states_classes_runs():
     """Properties, __getattr__ and __setattr__ are not called, neither to look nor to replace."""
 

@@ -74,6 +74,48 @@ def test_class_form_leaves_out_other_members(project: Project, edit: tuple[str, 
     assert project.key(START + CLASS) == project.key(START + CLASS.replace(*edit))
 
 
+HEADED = """
+def passed(cls): return cls
+def seen(handler): return handler
+class Kind(type):
+    size = 1
+class Base: pass
+@seen
+@coldstart("m")
+@passed
+class handler(Base, metaclass=Kind):
+    def load(self, ctx): self.model = 1
+    def handle(self, event): return self.model
+"""
+
+
+def test_class_form_holds_what_makes_the_class(project: Project) -> None:
+    """Decorators that get the class itself and its metaclass count, decorators of the finished handler do not."""
+    first = project.key(START + HEADED)
+    assert project.key(START + HEADED.replace("return cls", "return (cls, cls)[0]")) != first
+    assert project.key(START + HEADED.replace("size = 1", "size = 2")) != first
+    assert project.key(START + HEADED.replace("return handler", "return (handler, handler)[0]")) == first
+    assert project.key(START + HEADED.replace("@seen", "")) == first
+
+
+def test_a_private_base_with_the_loader_counts_as_a_whole_chain(project: Project) -> None:
+    """A base of a base is followed too, and a base that is named twice is looked at once."""
+    text = """
+class Root:
+    def load(self, ctx): self.model = self.make()
+class Left(Root):
+    def make(self): return 1
+class Right(Root): pass
+@coldstart("m")
+class handler(Left, Right):
+    def handle(self, event): return self.model
+"""
+    first = project.key(START + text)
+    assert project.key(START + text.replace("return 1", "return 2")) != first
+    assert project.key(START + text.replace("self.make()", "(self.make())")) == first
+    assert project.key(START + text.replace("self.model = ", "self.state = ")) != first
+
+
 def test_class_form_takes_all_members_where_self_is_passed_on(project: Project) -> None:
     """When self leaves the method, any member may be reached, so all of them count."""
     text = START + CLASS.replace("helper(), ", "helper(), vars(self), ")

@@ -96,6 +96,21 @@ def test_modules_that_trade_places_change_the_key(project: Project) -> None:
     assert digest != first
 
 
+def test_relative_modules_that_trade_places_change_the_key(project: Project) -> None:
+    """Modules of one name in two packages are told apart by their packages."""
+    digests = set()
+    for left, right in (("1", "2"), ("2", "1")):
+        for package, value in (("pkg/left", left), ("pkg/right", right)):
+            project.write("from .mod import X\n", f"{package}/__init__.py")
+            project.write(f"X = {value}\n", f"{package}/mod.py")
+        project.write("", "pkg/__init__.py")
+        text = (
+            START + "from pkg.left import X as a\nfrom pkg.right import X as b\ndef load(ctx): return a - b" + HANDLER
+        )
+        digests.add(project.key(text).digest)
+    assert len(digests) == 2
+
+
 def test_circular_imports_end(project: Project) -> None:
     """Modules that import each other, and the handler's own file, are looked at once."""
     project.write("import b\nimport a\nx = 1\n", "a.py")

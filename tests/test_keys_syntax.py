@@ -97,6 +97,17 @@ def test_no_global_read_of_real_code_is_missed(name: str) -> None:
     assert total > 20
 
 
+def test_splits_of_an_f_string_do_not_matter() -> None:
+    """Texts of an f-string that one Python joins and another splits, or leaves empty, have one canonical text."""
+    whole, split = (parse(b"f'a{b}c{d}'", "x").body[0].value for _ in range(2))
+    constant = type(whole.values[0])
+    split.values[:1] = [constant(value=""), constant(value="a"), constant(value="")]
+    split.values[-1:] = [split.values[-1], constant(value="")]
+    assert dump(split) == dump(whole)
+    split.values[0] = constant(value="z")
+    assert dump(split) != dump(whole)
+
+
 def test_canonical_text_is_the_same_on_every_python() -> None:
     """The text of a file with all kinds of syntax is pinned, so that mixed versions of Python share snapshots."""
     source = b'''

@@ -122,9 +122,10 @@ REF = Ref(
 )
 
 
-def document() -> dict:
-    """The golden manifest as plain JSON, to be spoiled by a test."""
-    return json.loads(manifest_to_json(MANIFEST))
+EMPTY = MANIFEST._replace(
+    parent="", segments=(), buffers=(), leaves=(), files=(), chunks=(), pools=(), tree=None, programs=(), extra={}
+)
+CHUNK = MANIFEST.chunks[0]
 
 
 def spoil(document: dict, path: str, value) -> bytes:
@@ -136,6 +137,11 @@ def spoil(document: dict, path: str, value) -> bytes:
         holder = holder[int(part) if isinstance(holder, list) else part]
     holder[int(last) if isinstance(holder, list) else last] = value
     return json.dumps(document).encode()
+
+
+def spoil_both(document: dict, first: tuple, second: tuple) -> bytes:
+    """The document with two values replaced."""
+    return spoil(json.loads(spoil(document, *first)), *second)
 
 
 def lose(document: dict, *columns: str, row: int) -> bytes:
@@ -165,6 +171,11 @@ def test_columns_are_the_fields_of_their_rows():
     """Tables are stored in the order of the fields that they are read into."""
     for table in format_._TABLES.values():
         assert tuple(table.checks) == table.row._fields
+
+
+def test_an_empty_manifest():
+    """A snapshot of nothing is a legal one."""
+    assert manifest_from_json(manifest_to_json(EMPTY)) == EMPTY
 
 
 def test_unknown_fields_are_kept():
@@ -235,7 +246,7 @@ def test_file_names_that_are_not(name):
         check_file_name(name)
 
 
-DOCUMENT = document()
+DOCUMENT = json.loads(manifest_to_json(MANIFEST))
 REFERENCE = json.loads(ref_to_json(REF))
 
 HOSTILE_REFS = {
@@ -243,7 +254,8 @@ HOSTILE_REFS = {
     "not JSON": b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>",
     "not UTF-8": b"\xff\xfe{\0}\0",
     "UTF-16": json.dumps(REFERENCE).encode("utf-16"),
-    "not an object": b"[]",
+    "a list": b"[1]",
+    "a number": b"7",
     "too large": b" " * MAX_REF_BYTES + json.dumps(REFERENCE).encode(),
     "cut off": ref_to_json(REF)[:-1],
     "something behind": ref_to_json(REF) + b"{}",
@@ -313,12 +325,7 @@ HOSTILE_MANIFESTS = {
     "true for a number": spoil(DOCUMENT, "segments.item_bytes.3", True),
     "items of no bytes": spoil(DOCUMENT, "segments.item_bytes.0", 0),
     "segment of an unknown kind": spoil(DOCUMENT, "segments.kind.0", "executable"),
-    "too many segments": json.dumps(
-        {
-            **DOCUMENT,
-            "segments": {key: [column[0]] * (MAX_SEGMENTS + 1) for key, column in DOCUMENT["segments"].items()},
-        }
-    ).encode(),
+    "too many segments": manifest_to_json(EMPTY._replace(segments=(Segment(1, "other", "", 0),) * (MAX_SEGMENTS + 1))),
     "columns of unequal length": spoil(DOCUMENT, "buffers.name", ["a"]),
     "a column missing": json.dumps({**DOCUMENT, "pools": {"name": [], "kind": []}}).encode(),
     "a column too many": spoil(DOCUMENT, "pools.colour", ["red"]),
@@ -333,7 +340,16 @@ HOSTILE_MANIFESTS = {
     "chunk listed twice": spoil(
         DOCUMENT, "chunks", {key: column + column[-1:] for key, column in DOCUMENT["chunks"].items()}
     ),
-    "chunk without bytes": spoil(DOCUMENT, "chunks.length_bytes.0", 0),
+    "chunk behind the last segment": manifest_to_json(EMPTY._replace(chunks=(CHUNK,))),
+    "chunk without bytes": manifest_to_json(
+        MANIFEST._replace(chunks=(CHUNK._replace(length_bytes=0), *MANIFEST.chunks))
+    ),
+    "chunk of more than 64 MiB": manifest_to_json(
+        EMPTY._replace(
+            segments=(Segment(1, "other", "", 65 << 20),),
+            chunks=(CHUNK._replace(length_bytes=65 << 20),),
+        )
+    ),
     "chunk stored in nothing": spoil(DOCUMENT, "chunks.stored_bytes.1", 0),
     "chunk stored in a tebibyte": spoil(DOCUMENT, "chunks.stored_bytes.1", 1 << 40),
     "blob of two lengths": spoil(DOCUMENT, "chunks.blob.1", "b" * 64),
@@ -341,6 +357,7 @@ HOSTILE_MANIFESTS = {
     "blob in capitals": spoil(DOCUMENT, "chunks.blob.1", "D" * 64),
     "hash with a line end": spoil(DOCUMENT, "chunks.raw_hash.1", "c" * 64 + "\n"),
     "parameters that are a list": spoil(DOCUMENT, "chunks.parameters.0", []),
+    "too many parameters": spoil(DOCUMENT, "chunks.parameters.0", {str(number): number for number in range(65)}),
     "parameters with a float": spoil(DOCUMENT, "chunks.parameters.0", {"level": 1.5}),
     "parameters with a huge number": spoil(DOCUMENT, "chunks.parameters.0", {"level": 1 << 53}),
     "buffers of one name": spoil(DOCUMENT, "buffers.name.1", "embed.weight"),
@@ -358,15 +375,17 @@ HOSTILE_MANIFESTS = {
     "leaf of buffer -2": spoil(DOCUMENT, "leaves.buffer.5", -2),
     "leaf with elements and no buffer": spoil(DOCUMENT, "leaves.buffer.6", NO_BUFFER),
     "leaf with items of no bytes": spoil(DOCUMENT, "leaves.item_bytes.3", 0),
-    "leaf with items of no bytes and no buffer": spoil(
-        json.loads(spoil(DOCUMENT, "leaves.item_bytes.6", 0)), "leaves.buffer.6", NO_BUFFER
+    "leaf with items of no bytes and no buffer": spoil_both(
+        DOCUMENT, ("leaves.item_bytes.6", 0), ("leaves.buffer.6", NO_BUFFER)
     ),
     "leaf with too few strides": spoil(DOCUMENT, "leaves.strides.0", [1]),
     "leaf with a negative stride": spoil(DOCUMENT, "leaves.strides.0", [-25, 1]),
     "leaf that overflows": spoil(DOCUMENT, "leaves.shape.0", [1 << 52, 1 << 52]),
     "leaf repeated beyond measure": spoil(DOCUMENT, "leaves.shape.4", [1 << 52, 4]),
     "empty leaf of a huge shape": spoil(DOCUMENT, "leaves.shape.5", [0, 1 << 52]),
-    "leaf with too many dimensions": spoil(DOCUMENT, "leaves.shape.6", [1] * 65),
+    "leaf with too many dimensions": spoil_both(DOCUMENT, ("leaves.shape.6", [1] * 65), ("leaves.strides.6", [1] * 65)),
+    "leaf with a number for a shape": spoil(DOCUMENT, "leaves.shape.6", 1),
+    "leaf with an object for a shape": spoil(DOCUMENT, "leaves.shape.6", {}),
     "leaf with a shape of texts": spoil(DOCUMENT, "leaves.shape.0", ["20", "25"]),
     "leaf tied to nothing": spoil(DOCUMENT, "leaves.same_as.1", "model.none"),
     "leaf tied to itself": spoil(DOCUMENT, "leaves.same_as.1", "model.head.weight"),
@@ -376,17 +395,24 @@ HOSTILE_MANIFESTS = {
     "file that climbs": spoil(DOCUMENT, "files.name.0", "../tokenizer.json"),
     "file of an absolute path": spoil(DOCUMENT, "files.name.0", "/etc/passwd"),
     "file with a NUL": spoil(DOCUMENT, "files.name.0", "a\0"),
-    "files of one name": spoil(json.loads(spoil(DOCUMENT, "files.root.0", "HF_HOME")), "files.name.0", "hub/run.sh"),
-    "file below a file": spoil(json.loads(spoil(DOCUMENT, "files.root.0", "HF_HOME")), "files.name.0", "hub"),
+    "files of one name": spoil_both(DOCUMENT, ("files.root.0", "HF_HOME"), ("files.name.0", "hub/run.sh")),
+    "file below a file": spoil_both(DOCUMENT, ("files.root.0", "HF_HOME"), ("files.name.0", "hub")),
     "file that may become root": spoil(DOCUMENT, "files.mode.0", 0o4755),
     "file under a root that climbs": spoil(DOCUMENT, "files.root.0", ".."),
     "file past its segment": spoil(DOCUMENT, "files.length_bytes.0", 769),
     "files that overlap": spoil(DOCUMENT, "files.length_bytes.0", 513),
     "pools larger than anything": spoil(DOCUMENT, "pools.length_bytes.0", 1 << 43),
+    "pools of one name": manifest_to_json(MANIFEST._replace(pools=(Pool("kv", "other", 1), Pool("kv", "other", 2)))),
     "pool of an unknown kind": spoil(DOCUMENT, "pools.kind.0", "code"),
     "rung of another ladder": spoil(DOCUMENT, "rung", "pickle"),
     "name of another kind": spoil(DOCUMENT, "name", "../minilm"),
     "parent of another snapshot": spoil(DOCUMENT, "parent", "manifests/other/000006-00aa"),
+    "negative generation": spoil(DOCUMENT, "generation", -1),
+    "generation of 2^63": spoil(DOCUMENT, "generation", 1 << 63),
+    "time as a text": spoil(DOCUMENT, "created_seconds", "now"),
+    "time that is true": spoil(DOCUMENT, "created_seconds", True),
+    "half a surrogate pair for a key": spoil(DOCUMENT, "platform", {"\ud800": ""}),
+    "half a surrogate pair for a value": spoil(DOCUMENT, "provenance", {"host": "\udcff"}),
     "time of no clock": spoil(DOCUMENT, "created_seconds", 1e12),
     "modules by number": spoil(DOCUMENT, "modules", {"model": 1}),
     "deep tree": spoil(DOCUMENT, "tree", json.loads("[" * 500 + "]" * 500)),
@@ -394,6 +420,8 @@ HOSTILE_MANIFESTS = {
     "infinity in the tree": manifest_to_json(MANIFEST).replace(b"1.5", b"1e999"),
     "no tree at all": json.dumps({key: value for key, value in DOCUMENT.items() if key != "tree"}).encode(),
     "programs that are texts": spoil(DOCUMENT, "programs", ["rm"]),
+    "too many programs": spoil(DOCUMENT, "programs", [{}] * (MAX_TEXT + 1)),
+    "digests that are numbers": spoil(DOCUMENT, "warmup_digests", [7]),
     "too many digests": spoil(DOCUMENT, "warmup_digests", ["x"] * (MAX_TEXT + 1)),
 }
 
@@ -403,6 +431,21 @@ def test_hostile_manifests_are_refused(data):
     """Each is a ManifestError, raised before anything is allocated, fetched or created."""
     with pytest.raises(ManifestError):
         manifest_from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("reason", "path", "value"),
+    [
+        ("claims 4398046513920 bytes", "segments.length_bytes.1", 1 << 42),
+        ("chunk 1 reaches past the end of segment 0", "chunks.length_bytes.1", 513),
+        ("manifest.chunks.blob holds a value of the wrong type", "chunks.blob.1", 7),
+        ("leaf 'model.head.weight' is the same as 'x'", "leaves.same_as.1", "x"),
+    ],
+)
+def test_errors_say_what_is_wrong(reason, path, value):
+    """The message names the part and what is wrong with it, not what follows from it."""
+    with pytest.raises(ManifestError, match=reason):
+        manifest_from_json(spoil(DOCUMENT, path, value))
 
 
 @pytest.mark.parametrize(

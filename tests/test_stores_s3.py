@@ -342,6 +342,7 @@ def test_nobody_listening_is_transient():
         ("list", Answer(200, body=b"<html>not a listing</html>")),
         ("list", Answer(200, body=b"not even markup")),
         ("list", Answer(200, body=b"<ListBucketResult></ListBucketResult>")),
+        ("list", Answer(200, body=b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>")),
         ("list", Answer(200, body=listing("<Contents><Key>prefix/k</Key></Contents>"))),
         ("list", Answer(200, body=listing("<Contents><Key>prefix/k</Key><Size>many</Size></Contents>"))),
     ],

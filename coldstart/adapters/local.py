@@ -1,22 +1,24 @@
-"""Serving on this machine: events from standard input, one JSON object a line; answers to standard output, one a line.
+"""Serving on this machine: events from standard input, answers to standard output, one JSON object a line.
 
-An answer is ``{"id": ..., "output": ...}``, or ``{"id": ..., "error": {"type": ..., "message": ...}}``; a stream's pieces come as
-``{"id": ..., "piece": ...}`` lines before it. The loop ends with the input, or with SIGTERM after the event in progress.
+An answer is ``{"id": ..., "output": ...}``, or ``{"id": ..., "error": {"type": ..., "message": ...}}``; a stream's
+pieces come as ``{"id": ..., "piece": ...}`` lines before it. What the handler itself prints goes to standard error. The
+loop ends with the input, then waiting for a snapshot that is being made; or with SIGTERM, after the event in progress.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import ColdstartError, EventError
+from coldstart.errors import EventError, HandlerError
 from coldstart.loading import check_event
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
-    from typing import TextIO
+    from collections.abc import Callable, Iterator
+    from typing import BinaryIO, TextIO
 
     from coldstart.definition import Definition
     from coldstart.worker import Worker
@@ -83,7 +85,7 @@ def _drive(pieces: Any, loop: asyncio.AbstractEventLoop) -> Any:
             return
 
 
-def serve(definition: Definition, handler: Any, *, source: TextIO | None = None, sink: TextIO | None = None) -> None:
+def serve(definition: Definition, handler: Any, *, source: BinaryIO | None = None, sink: TextIO | None = None) -> None:
     """Serve the lines of ``source`` (default: standard input) until it ends, then end the worker."""
     from coldstart.config import load
     from coldstart.worker import enter_serving, worker_for
@@ -91,76 +93,97 @@ def serve(definition: Definition, handler: Any, *, source: TextIO | None = None,
     enter_serving()
     worker = worker_for(definition)
     worker.begin()
-    lines, out = source or sys.stdin, sink or sys.stdout
+    lines, out = source or sys.stdin.buffer, sink or sys.stdout
 
-    def write(document: dict[str, Any]) -> None:
-        out.write(json.dumps(document) + "\n")
+    def write(line: str) -> None:
+        out.write(line + "\n")
         out.flush()
 
     def serve_all() -> None:
-        for line in _lines_until_told(lines):
-            _serve_line(handler, line, write)
-        worker.capture_outcomes(load().capture_wait_seconds)
+        with _until_told() as termination:
+            for line in iter(lines.readline, b""):
+                with termination.finishing():
+                    _serve_line(handler, line, write)
+            worker.capture_outcomes(load().capture_wait_seconds)
 
-    on_one_loop(worker, serve_all)
+    with redirect_stdout(sys.stderr):
+        on_one_loop(worker, serve_all)
 
 
-def _lines_until_told(lines: TextIO) -> Any:
-    """The lines, until the source ends or SIGTERM asks for the end: the event in progress is finished first."""
+class _Told(BaseException):
+    """Raised by SIGTERM where no event is in progress."""
+
+
+class _Termination:
+    """What SIGTERM does: it ends the loop at once, or after the event in progress."""
+
+    def __init__(self) -> None:
+        self._busy = False
+        self._told = False
+
+    def tell(self, _number: int, _frame: Any) -> None:
+        """The signal's handler."""
+        self._told = True
+        if not self._busy:
+            raise _Told
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """An event: not interrupted."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+        if self._told:
+            raise _Told
+
+
+@contextmanager
+def _until_told() -> Iterator[_Termination]:
+    """Leave the block where SIGTERM asks for it. Only a process' main thread hears signals."""
     import signal
     import threading
 
-    told = threading.Event()
+    termination = _Termination()
     if threading.current_thread() is not threading.main_thread():
-        yield from lines
+        yield termination
         return
-
-    class _Told(BaseException):
-        """Raised by the signal while no event is in progress."""
-
-    reading = [False]
-
-    def tell(_number: int, _frame: Any) -> None:
-        told.set()
-        if reading[0]:
-            raise _Told
-
-    before = signal.signal(signal.SIGTERM, tell)
+    before = signal.signal(signal.SIGTERM, termination.tell)
     try:
-        while not told.is_set():
-            reading[0] = True
-            line = lines.readline()
-            reading[0] = False
-            if not line:
-                return
-            yield line
+        yield termination
     except _Told:
-        return
+        pass
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _serve_line(handler: Any, line: str, write: Callable[[dict[str, Any]], None]) -> None:
+def _serve_line(handler: Any, line: bytes, write: Callable[[str], None]) -> None:
+    """Answer one line. The answer of an event that fails is its error, and the next one is served."""
     if not line.strip():
         return
     identity: Any = None
     try:
-        event = check_event(_parse(line))
-        identity = event.get("id")
-        output = answer_one(handler, event, lambda item: write({"id": identity, "piece": item}))
-        write({"id": identity, "output": output})
-    except Exception as error:  # the loop's edge: one event's error is its answer, the next event is served
-        write({"id": identity, "error": {"type": type(error).__name__, "message": _message(error)}})
+        event = _parse(line)
+        identity = event.get("id") if isinstance(event, dict) else None
+        output = answer_one(handler, check_event(event), lambda item: write(_encoded(id=identity, piece=item)))
+        answer = _encoded(id=identity, output=output)
+    except Exception as error:  # noqa: BLE001  the loop's edge
+        answer = _encoded(id=identity, error={"type": type(error).__name__, "message": str(error)})
+    write(answer)
 
 
-def _parse(line: str) -> Any:
+def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
         raise EventError(f"the line is not JSON: {error}") from error
 
 
-def _message(error: Exception) -> str:
-    if isinstance(error, TypeError) and "JSON serializable" in str(error):
-        return f"the answer is not JSON ({error}); return plain values, such as array.tolist()"
-    return str(error) if isinstance(error, ColdstartError) else f"{error}"
+def _encoded(**document: Any) -> str:
+    try:
+        return json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise HandlerError(
+            f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN"
+        ) from error

@@ -1,16 +1,18 @@
-"""The ``coldstart`` command: one file a subcommand, each with ``add_parser`` and ``run``; imported only if it is the one."""
+"""The ``coldstart`` command: one file a subcommand, each with ``add_parser`` and ``run``; only the chosen one is imported."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from coldstart.errors import ColdstartError
+from coldstart.errors import ColdstartError, StartError
 from coldstart.terms import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from traceback import FrameSummary
 
 COMMANDS = {
     "run": "one start, one event, the timeline on the screen",
@@ -28,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure that is told, 2 for wrong usage."""
     import argparse
 
+    if sys.platform == "win32":
+        print("coldstart: Windows is not supported: run it on Linux, in WSL or in a container", file=sys.stderr)
+        return 1
     words = list(sys.argv[1:] if arguments is None else arguments)
     chosen = words[0] if words and words[0] in (*COMMANDS, *HIDDEN) else None
     parser = argparse.ArgumentParser(
@@ -57,16 +62,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except Exception as error:  # noqa: BLE001  the process' edge: the handler's file or the handler raised it
+        return tell(error)
     return status
 
 
-def tell(error: ColdstartError) -> int:
-    """Print an error for a person and return the exit status. The user's own traceback follows where there is one."""
+def tell(error: Exception) -> int:
+    """Print an error for a person and return the exit status. Where the user's own code failed, its traceback follows."""
     import traceback
 
     print(f"coldstart: {type(error).__name__}: {error}", file=sys.stderr)
-    if error.__cause__ is not None and not isinstance(error.__cause__, (ColdstartError, OSError, ValueError)):
-        frames = traceback.extract_tb(error.__cause__.__traceback__)
-        own = [frame for frame in frames if "/coldstart/" not in frame.filename.replace("\\", "/")]
-        print("".join(traceback.format_list(own or frames)[-6:]), end="", file=sys.stderr)
+    source = error.__cause__ if isinstance(error, StartError) else error
+    if source is not None and not isinstance(source, ColdstartError):
+        print("".join(traceback.format_list(_users_frames(source))), end="", file=sys.stderr)
     return 1
+
+
+def _users_frames(error: BaseException) -> list[FrameSummary]:
+    """The frames from the first one that is not of coldstart or Python; all of them if there is none: a bug of ours."""
+    import sysconfig
+    import traceback
+
+    paths = sysconfig.get_paths()
+    folders = [os.path.dirname(os.path.dirname(__file__)), *(paths[name] for name in ("stdlib", "purelib", "platlib"))]
+    others = ("<frozen", *(folder + os.sep for folder in folders))
+    frames = list(traceback.extract_tb(error.__traceback__))
+    first = next((index for index, frame in enumerate(frames) if not frame.filename.startswith(others)), 0)
+    return frames[first:]

@@ -163,4 +163,4 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "ok", f"{version(name)}  ({purpose})")
         except PackageNotFoundError:
             how = f'pip install "coldstart-gpu[{extra}]"' if extra else "pip install coldstart-gpu"
-            yield Finding(name, "note" if extra else "problem", f"not installed; {purpose} need it: {how}")
+            yield Finding(name, "note" if extra else "problem", f"not installed, and needed for {purpose}: {how}")

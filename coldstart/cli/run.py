@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         from coldstart.cli.timeline import report
 
-        print(json.dumps(answers.first, default=_as_json))
+        print(json.dumps(document["output"], default=_as_json))
         print(report(document), file=sys.stderr)
     return 0
 
@@ -66,6 +66,7 @@ def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
     from coldstart.worker import begin_early, enter_serving, worker_for
 
     target = parse_target(options.target)
+    given = None if options.input is None else _parsed(options.input)
     prepare_path(target.path)
     enter_serving()
     begin_early(target.path, target.name)
@@ -75,21 +76,18 @@ def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
     handler = choose_handler(module, target)
     worker = worker_for(handler.__coldstart__)
     worker.note_import(began, imported)
+    inputs = worker.definition.warmup.inputs if options.input is None else (given,)
+    if not inputs:
+        raise UsageError(f"give the event's input: coldstart run {options.target} --input '{{...}}'")
     worker.begin()
-    event = {"id": "run-0", "input": _input(options, worker)}
-    return worker, _answer(handler, worker, event, options)
+    return worker, _answer(handler, worker, {"id": "run-0", "input": inputs[0]}, options)
 
 
-def _input(options: argparse.Namespace, worker: Worker) -> Any:
-    if options.input is None:
-        inputs = worker.definition.warmup.inputs
-        if not inputs:
-            raise UsageError(f"give the event's input: coldstart run {options.target} --input '{{...}}'")
-        return inputs[0]
+def _parsed(text: str) -> Any:
     try:
-        return json.loads(options.input)
+        return json.loads(text)
     except ValueError as error:
-        raise EventError(f"--input is not JSON: {error}") from error
+        raise EventError(f"--input {text[:80]!r} is not JSON: {error}") from error
 
 
 def _answer(handler: Any, worker: Worker, event: Any, options: argparse.Namespace) -> _Answers:
@@ -122,7 +120,7 @@ def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
     offset = worker.timeline.clock() - time.monotonic()
     nothing = {"published": False, "reason": worker.capture_reason}
     return {
-        "output": answers.first,
+        "output": _plain(answers.first),
         "answers_equal": answers.equal,
         "first_answer_monotonic_seconds": answers.first_monotonic_seconds,
         "first_answer_seconds": round(answers.first_monotonic_seconds + offset, 6),
@@ -131,6 +129,15 @@ def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
         "capture": answers.outcomes[0]._asdict() if answers.outcomes else nothing,
         "metrics": worker.metrics.to_dict(),
     }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` if JSON can say it, with the help of ``_as_json``; else its repr, for people want to see it anyway."""
+    try:
+        json.dumps(value, default=_as_json)
+    except (TypeError, ValueError):  # keys that are no text, a cycle
+        return repr(value)
+    return value
 
 
 def _as_json(value: Any) -> Any:

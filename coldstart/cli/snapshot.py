@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +75,22 @@ def _list(options: argparse.Namespace, repository: Repository) -> int:
 
 
 def _chosen(options: argparse.Namespace, repository: Repository) -> Ref:
-    found = [ref for _, ref in repository.refs(options.name) if not isinstance(ref, ManifestError)]
+    """The ref that was asked for. Raises UsageError for none, or for a key that several begin with; ManifestError."""
+    refs = [ref for _, ref in repository.refs(options.name)]
+    found = [ref for ref in refs if not isinstance(ref, ManifestError)]
     if options.key:
         found = [ref for ref in found if ref.key.digest.startswith(options.key)]
     if not found:
-        raise UsageError(
-            f"no snapshot {options.name!r}{' with that key' if options.key else ''} in {repository.store.url};"
-            " see coldstart snapshot list"
-        )
+        broken = [ref for ref in refs if isinstance(ref, ManifestError)]
+        raise broken[0] if broken else _no_snapshot(options, repository)
+    if options.key and len(found) > 1:
+        raise UsageError(f"{len(found)} keys of {options.name!r} begin with {options.key!r}: give more of its digits")
     return max(found, key=lambda ref: ref.updated_seconds)
+
+
+def _no_snapshot(options: argparse.Namespace, repository: Repository) -> UsageError:
+    which = f"{options.name!r} with key {options.key!r}" if options.key else f"{options.name!r}"
+    return UsageError(f"no snapshot {which} in {repository.store.url}; see coldstart snapshot list")
 
 
 def _show(options: argparse.Namespace, repository: Repository) -> int:
@@ -143,16 +151,20 @@ def _verify(options: argparse.Namespace, repository: Repository) -> int:
 
 def _delete(options: argparse.Namespace, repository: Repository) -> int:
     digest = _chosen(options, repository).key.digest if options.key else None
+    if not any(True for _ in repository.refs(options.name)):
+        raise _no_snapshot(options, repository)
     if not options.yes:
-        what = f"key {digest} of " if digest else ""
-        answer = input(f"delete {what}snapshot {options.name!r} in {repository.store.url}? [y/N] ")
-        if answer.strip().lower() not in ("y", "yes"):
-            return 1
+        _confirm(f"{f'key {digest} of ' if digest else ''}snapshot {options.name!r} in {repository.store.url}")
     deleted = repository.delete(options.name, digest)
-    if not deleted:
-        raise UsageError(f"no snapshot {options.name!r} in {repository.store.url}; see coldstart snapshot list")
     print(json.dumps(deleted) if options.json else f"deleted {len(deleted)} objects of {options.name!r}")
     return 0
+
+
+def _confirm(what: str) -> None:
+    """Ask a person. Raises UsageError for any answer but yes, and where nobody is there to answer."""
+    print(f"delete {what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError(f"nothing was deleted: answer y, or add --yes, to delete {what}")
 
 
 def _time(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Fetching: the chunks of a manifest from a store into an arena, verified, behind one seam so that engines can differ."""
+"""Fetching: the chunks of a manifest from a store into an arena, verified; one seam, so that engines can differ."""
 
 from coldstart.fetch.base import Fetch, FetchRequest
 from coldstart.fetch.threads import start_threads

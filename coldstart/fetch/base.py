@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class FetchRequest(NamedTuple):
     """Fill ``arena`` with all chunks of ``manifest`` from ``store``.
 
-    ``verify_raw`` also hashes what decoding gave: for proofs and ``snapshot verify``; a start relies on the stored bytes' hash.
+    ``verify_raw`` also hashes what decoding gave, as a proof does; a start relies on the hash of the stored bytes.
     """
 
     manifest: Manifest
@@ -28,8 +28,8 @@ class FetchRequest(NamedTuple):
 class FetchReport(NamedTuple):
     """What a finished fetch did.
 
-    ``fetched_bytes`` counts every chunk once as it is stored, also where two share a blob. ``retried_chunks`` were corrupt
-    on the first read and right on the second.
+    ``fetched_bytes`` counts every chunk once as it is stored, also where two share a blob. ``retried_chunks`` were
+    corrupt on the first read and right on the second.
     """
 
     engine: str

@@ -1,7 +1,7 @@
 """The engine that works everywhere: a few threads of this process, standard library calls into the arena.
 
 A raw chunk is read straight into its final place and hashed there; an encoded one is read into a buffer of its own,
-hashed, and only then shown to its decoder. A chunk whose bytes are wrong is read once more, alone, before the fetch fails.
+hashed, and only then shown to its decoder. A chunk whose bytes are wrong is read once more before the fetch fails.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Nothing is refused here: a spot that cannot be captured says so, and the caller 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from functools import lru_cache, partial
 from itertools import chain
 from types import MemberDescriptorType, ModuleType
@@ -275,8 +275,10 @@ class Walk:
 
     def _mapping(self, visit: _Visit) -> None:
         if self._enter(visit):
-            atoms_only = _ATOMS.issuperset(map(type, visit.value.values()))
-            pairs = [] if atoms_only else list(enumerate(visit.value.items()))
+            atoms_only = _ATOMS.issuperset(map(type, dict.values(visit.value)))
+            # A subclass may override items(); of OrderedDict, only its own knows the order.
+            kind: Any = OrderedDict if isinstance(visit.value, OrderedDict) else dict
+            pairs = [] if atoms_only else list(enumerate(kind.items(visit.value)))
             items = (
                 self._item(visit, key, position, value) for position, (key, value) in pairs if type(value) not in _ATOMS
             )
@@ -292,11 +294,17 @@ class Walk:
     def _sequence(self, visit: _Visit) -> None:
         if self._enter(visit):
             values = visit.value
-            pairs = [] if _ATOMS.issuperset(map(type, values)) else list(enumerate(values))
-            put = list.__setitem__ if isinstance(values, list) else deque.__setitem__
+            kind: Any = list if isinstance(values, list) else deque
             items = (
-                _Visit(item(visit.path, index, index), value, partial(put, values, index), refusal=visit.refusal)
-                for index, value in pairs
+                _Visit(
+                    item(visit.path, index, index),
+                    value,
+                    partial(kind.__setitem__, values, index),
+                    "",
+                    (),
+                    visit.refusal,
+                )
+                for index, value in list(enumerate(kind.__iter__(values)))
                 if type(value) not in _ATOMS
             )
             self._push(chain(items, self._members(visit)))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from coldstart.errors import HandlerError, KeyUncomputableError
 from coldstart.keys.handlers import HandlerSource, find_handlers
-from coldstart.keys.reach import Root, code_of, has_method
+from coldstart.keys.lineage import has_member
+from coldstart.keys.reach import Root, code_of
 from coldstart.keys.roots import class_definition, class_free_values, class_path, root_of_expression, root_of_object
 from coldstart.keys.source import COMPUTED, Sources
 from coldstart.keys.syntax import digest_of
@@ -176,7 +177,7 @@ def _roots_of_objects(sources: Sources, definition: Defined, part: str) -> dict[
 
 
 def _class_roots(sources: Sources, root: Root) -> dict[str, Root]:
-    roots = {what: root._replace(name=what) for what in _CODE_PARTS if has_method(sources, root, what)}
+    roots = {what: root._replace(name=what) for what in _CODE_PARTS if has_member(sources, root.file, root.owner, what)}
     if "load" not in roots:
         raise KeyUncomputableError(
             f'class {root.owner.name} has no load method that its source shows; define it there, or give version="1"'

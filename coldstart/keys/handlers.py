@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from coldstart.keys.source import SourceFile
     from coldstart.keys.syntax import Node
 
-_DECORATORS = frozenset({"coldstart.coldstart", "coldstart.decorator.coldstart", "coldstart.*"})
+_DECORATORS = frozenset({"coldstart.coldstart", "coldstart.decorator.coldstart"})
 
 
 class PartSource(NamedTuple):
@@ -74,11 +74,7 @@ def _applications(file: SourceFile, node: Node) -> Iterator[tuple[Node, Node, st
 
 
 def _is_decorator(node: Node, file: SourceFile) -> bool:
-    if type(node) is not _ast.Call:
-        return False
-    if getattr(node.func, "id", "") == "coldstart" and "coldstart" not in file.bindings:
-        return any(type(item.node) is _ast.ImportFrom and item.node.module == "coldstart" for item in file.items)
-    return dotted(node.func, file.aliases) in _DECORATORS
+    return type(node) is _ast.Call and dotted(node.func, file.aliases) in _DECORATORS
 
 
 def _handler(sources: Sources, call: Node, target: Node, attribute: str) -> HandlerSource:

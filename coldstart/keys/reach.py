@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart.errors import KeyUncomputableError
 from coldstart.keys.facts import read_facts
+from coldstart.keys.lineage import class_header, class_lineage, local_bases
 from coldstart.keys.source import applies_coldstart, is_fixed, is_main_guard, items_of, package_name, statements
 from coldstart.keys.syntax import DEFINITIONS, FUNCTIONS, IMPORTS, digest_of, dump, parameters, read_bytes
 
@@ -147,7 +148,7 @@ def _effect(item: Item) -> tuple[set[str], set[str]]:
 
 def _header(node: Node, file: SourceFile) -> tuple[list[Node], list[Node]]:
     """What of a definition runs during the import: what is applied to it, and defaults or a class body's statements."""
-    applied = _own_decorators(node, file)
+    applied = [each for each in node.decorator_list if not applies_coldstart(each, file.aliases)]
     if isinstance(node, FUNCTIONS):
         return applied, [each for each in (*node.args.defaults, *node.args.kw_defaults) if each is not None]
     body = [each for each in node.body if not isinstance(each, DEFINITIONS)]
@@ -313,9 +314,12 @@ class _Reach:
                 if name in item.binds:
                     wanted += self._member(item, names, known)
         for where, node in lineage:
-            outside = [base for base in node.bases if not local_bases(self.sources, where, base)]
-            self.use(where, read_facts([*_own_decorators(node, where), *outside, *node.keywords], where.aliases))
-        return "\n".join([method, *_class_lines(lineage, members, reached)])
+            local = [base for base in node.bases if local_bases(self.sources, where, base)]
+            header = [each for each in class_header(where, node) if each not in local]
+            self.use(where, read_facts(header, where.aliases))
+        headers = ["".join(map(dump, class_header(where, node))) for where, node in lineage]
+        digests = [f"{name} {item.digest}" for name in sorted(reached) for item in members if name in item.binds]
+        return "\n".join([method, *map(digest_of, headers), *digests])
 
     def _member(self, item: Item, classes: frozenset[str], known: set[str]) -> Iterable[str]:
         """Reach one statement of a class body; returns the members that it may reach."""
@@ -323,59 +327,6 @@ class _Reach:
         facts = read_facts((item.node,), item.file.aliases, classes | frozenset(first))
         self.use(item.file, facts)
         return known if facts.receiver_escapes else (facts.members | facts.reads) & known
-
-
-def _class_lines(lineage: list[tuple[SourceFile, Node]], members: list[Item], reached: set[str]) -> list[str]:
-    lines = []
-    for where, node in lineage:
-        header = [*_own_decorators(node, where), *node.bases, *node.keywords]
-        lines.append("class " + digest_of("".join(map(dump, header))))
-    for name in sorted(reached):
-        digests = [item.digest for item in members if name in item.binds]
-        lines.append(f"{name} {' '.join(digests)}")
-    return lines
-
-
-def _own_decorators(node: Node, file: SourceFile) -> list[Node]:
-    return [each for each in node.decorator_list if not applies_coldstart(each, file.aliases)]
-
-
-def class_lineage(sources: Sources, file: SourceFile, owner: Node) -> list[tuple[SourceFile, Node]]:
-    """A class and its local bases, depth first: what can be told from plain base names."""
-    lineage = [(file, owner)]
-    for base in owner.bases:
-        for where, node in local_bases(sources, file, base):
-            lineage += [each for each in class_lineage(sources, where, node) if each not in lineage]
-    return lineage
-
-
-def local_bases(sources: Sources, file: SourceFile, base: Node) -> list[tuple[SourceFile, Node]]:
-    """The local classes that a base may be, if it is a plain name."""
-    return _class_named(sources, file, base.id, set()) if type(base) is _ast.Name else []
-
-
-def _class_named(
-    sources: Sources, file: SourceFile, name: str, seen: set[tuple[SourceFile, str]]
-) -> list[tuple[SourceFile, Node]]:
-    if (file, name) in seen:
-        return []
-    seen.add((file, name))
-    found: list[tuple[SourceFile, Node]] = []
-    for leaf in file.leaves(name):
-        if type(leaf) is _ast.ClassDef:
-            found.append((file, leaf))
-        elif type(leaf) is _ast.ImportFrom:
-            for alias in leaf.names:
-                where = sources.imported_file(file, leaf.module or "", leaf.level)
-                if (alias.asname or alias.name) == name and where is not None and sources.is_local(where.path):
-                    found += _class_named(sources, where, alias.name, seen)
-    return found
-
-
-def has_method(sources: Sources, root: Root, name: str) -> bool:
-    """Whether the class of this root, or a local base of it, defines ``name``."""
-    lineage = class_lineage(sources, root.file, root.owner)
-    return any(name in item.binds for file, node in lineage for item in items_of(file, node.body))
 
 
 def _import_name(use: ImportUse, depth: int) -> str:

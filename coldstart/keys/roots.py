@@ -137,7 +137,7 @@ def class_path(owner: type) -> str | None:
     """The file that a class is written in, if there is one."""
     paths = [_source_path(function) for function in _methods(owner)]
     module_path = getattr(sys.modules.get(owner.__module__), "__file__", None)
-    return next((path for path in (*paths, module_path) if path and os.path.isfile(path)), None)  # noqa: PTH113
+    return next((path for path in (*paths, module_path) if path and os.path.isfile(path)), None)
 
 
 def class_free_values(owner: type, what: str) -> tuple[tuple[str, str], ...]:
@@ -194,7 +194,7 @@ def _unwrapped(function: Any) -> Any:
 
 def _source_path(function: FunctionType) -> str | None:
     path = function.__code__.co_filename
-    return path if os.path.isfile(path) else None  # noqa: PTH113
+    return path if os.path.isfile(path) else None
 
 
 def _methods(owner: type) -> list[FunctionType]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from coldstart.keys.syntax import Node
 
 _FIXED_NODES = (_ast.Constant, _ast.Tuple, _ast.UnaryOp, _ast.BinOp, _ast.JoinedStr)
-_OUR_FOLDER = os.path.dirname(os.path.realpath(__file__))  # noqa: PTH120  pathlib costs 5 ms at a worker's start
+_OUR_FOLDER = os.path.dirname(os.path.realpath(__file__))
 
 
 class Computed:
@@ -97,7 +97,7 @@ class SourceFile:
         self.aliases: dict[str, str] = {}
         for node in statements(self.body):
             if isinstance(node, IMPORTS):
-                self.aliases.update({name: target for name, _, target in import_uses(node) if name != "*"})
+                self.aliases.update(_aliases(node))
         self.items = items_of(self, self.body)
         self.bindings: dict[str, list[Item]] = {}
         for item in self.items:
@@ -156,6 +156,13 @@ class SourceFile:
         """All lambdas that start on a line and have these parameters: a code object does not say which one it is."""
         found = (node for node, _ in _definitions_at(self.body, line, ()) if type(node) is _ast.Lambda)
         return tuple(node for node in found if node.lineno == line and parameters(node.args) == names)
+
+
+def _aliases(node: Node) -> dict[str, str]:
+    found = {name: target for name, _, target in import_uses(node)}
+    if found.pop("*", None) == "coldstart.*":
+        found["coldstart"] = "coldstart.coldstart"
+    return found
 
 
 def first_line(node: Node) -> int:
@@ -255,7 +262,7 @@ class Sources:
 
     def __init__(self, handler_path: str) -> None:
         self.handler_path = os.path.realpath(handler_path)
-        self.search = [os.path.dirname(self.handler_path), *sys.path]  # noqa: PTH120
+        self.search = [os.path.dirname(self.handler_path), *sys.path]
         self.files: dict[str, SourceFile] = {}
         self._found: dict[tuple[str, str], list[str | None]] = {}
 
@@ -285,8 +292,8 @@ class Sources:
         """
         folders = self.search if not level else [_folder_above(importer.path, level)]
         if not module:
-            init = os.path.join(folders[0], "__init__.py")  # noqa: PTH118
-            return [init if os.path.isfile(init) else None]  # noqa: PTH113
+            init = os.path.join(folders[0], "__init__.py")
+            return [init if os.path.isfile(init) else None]
         key = (module, folders[0] if level else "")
         if key not in self._found:
             self._found[key] = _find(module, folders)
@@ -313,7 +320,7 @@ def _find(module: str, folders: list[str]) -> list[str | None]:
 
 def _folder_above(path: str, level: int) -> str:
     for _ in range(level):
-        path = os.path.dirname(path)  # noqa: PTH120
+        path = os.path.dirname(path)
     return path
 
 
@@ -323,9 +330,9 @@ def _is_installed(path: str) -> bool:
 
 @cache
 def _foreign_folders() -> tuple[str, ...]:
-    standard_library = os.path.dirname(os.path.realpath(os.__file__))  # noqa: PTH120
+    standard_library = os.path.dirname(os.path.realpath(os.__file__))
     prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
-    libraries = (os.path.join(prefix, "lib") for prefix in prefixes)  # noqa: PTH118
+    libraries = (os.path.join(prefix, "lib") for prefix in prefixes)
     return tuple(folder + os.sep for folder in (standard_library, *libraries, _OUR_FOLDER))
 
 
@@ -333,7 +340,7 @@ def package_name(path: str) -> str:
     """The dotted name of the module in a file, as far as ``__init__`` files tell."""
     folder, name = os.path.split(path)
     names = [] if name == "__init__.py" else [name.removesuffix(".py")]
-    while name and os.path.isfile(os.path.join(folder, "__init__.py")):  # noqa: PTH113, PTH118
+    while name and os.path.isfile(os.path.join(folder, "__init__.py")):
         folder, name = os.path.split(folder)
         names.insert(0, name)
     return ".".join(names)

@@ -132,7 +132,9 @@ class S3Store(Store):
         while True:
             with self._mapped(prefix):
                 page = self._client.list_objects_v2(**asked)
-            if "IsTruncated" not in page:  # a proxy's page parses as an empty listing, and a collector would believe it
+            following = page.get("NextContinuationToken")
+            # A proxy's page parses as an empty listing, which a collector would believe.
+            if "IsTruncated" not in page or (page["IsTruncated"] and not following):
                 raise StoreTransientError(
                     f"{self.url} answered a listing of {prefix!r} with something else", key=prefix
                 )
@@ -142,7 +144,7 @@ class S3Store(Store):
                     yield self._info(key, found.get("Size"), found.get("LastModified"))
             if not page["IsTruncated"]:
                 return
-            asked["ContinuationToken"] = page.get("NextContinuationToken", "")
+            asked["ContinuationToken"] = following
 
     def _full(self, key: str) -> str:
         return f"{self._location.prefix}/{key}" if self._location.prefix else key

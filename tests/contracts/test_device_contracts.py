@@ -220,15 +220,19 @@ def test_cpu_arrays_are_writable_numpy_views():
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM])
-def test_cpu_does_without_memory_files_where_they_are_forbidden(monkeypatch, code):
-    """A sandbox that forbids memory files costs the fetcher process, not the restore."""
+@pytest.mark.parametrize("call", ["os.memfd_create", "fcntl.fcntl"])
+@linux
+def test_cpu_does_without_memory_files_where_they_are_forbidden(monkeypatch, call, code):
+    """A sandbox that forbids memory files, or sealing them, costs the fetcher process and not the restore."""
 
     def refuse(*_):
         raise OSError(code, "refused")
 
-    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(call, refuse)
     arena = CpuDevice().allocate(SEGMENTS)
     assert arena.fileno is None
+    assert len(os.listdir("/proc/self/fd")) == before
     pattern = fill(arena, 3)
     assert arena.array(3, 0, SEGMENTS[3]).tobytes() == pattern
 
