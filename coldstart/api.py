@@ -112,7 +112,7 @@ class _Coldstart:
         return lambda target: decorate(name, target, options)
 
     @staticmethod
-    def serve(handler: Handler[Any, Any]) -> None:
+    def serve(handler: Handler[Any, Any] | type) -> None:
         """Serve events with ``handler`` on the platform that this process finds itself on, until it ends."""
         serve(handler)
 
@@ -142,10 +142,11 @@ def _check_arguments(surplus: Sequence[Any], unknown: Mapping[str, Any], options
 coldstart = _Coldstart()
 
 
-def serve(handler: Handler[Any, Any]) -> None:
+def serve(handler: Handler[Any, Any] | type) -> None:
     """Serve events with ``handler`` on the platform that this process finds itself on, until it ends.
 
-    On RunPod this is the worker loop; locally, events are read from standard input, one JSON object a line.
+    On RunPod this is the worker loop; locally, events are read from standard input, one JSON object a line. (``type`` is
+    what mypy takes a decorated class for: it does not see what a class decorator returns.)
     """
     from coldstart.adapters import serve as serve_on_platform
 

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart import plan
 from coldstart.codecs import choose, encoder
 from coldstart.errors import CaptureError, StateChangedError
-from coldstart.manifest import NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
+from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from coldstart.caches import FileSource
     from coldstart.frameworks import Survey
-    from coldstart.manifest import KeyRecord
+    from coldstart.manifest import KeyRecord, Leaf
     from coldstart.plan import Item, Layout
     from coldstart.repository import Repository
 
@@ -109,10 +109,15 @@ def _array_sources(capture: Capture) -> list[_Source]:
     for index, storage in enumerate(capture.survey.storages):
         leaf = leaves_of[index]
         item = plan.Item(
-            leaf.path, storage.length_bytes, leaf.item_bytes, kind_of(leaf.path, capture.kinds), "eager", is_file=False
+            leaf.path, storage.length_bytes, _plane_bytes(leaf), kind_of(leaf.path, capture.kinds), "eager", is_file=False
         )
         sources.append(_Source(item, partial(_slice, memoryview(storage.data))))
     return sources
+
+
+def _plane_bytes(leaf: Leaf) -> int:
+    """The item size that a segment has: long numpy texts are no items that a codec could split, so they count as bytes."""
+    return leaf.item_bytes if leaf.item_bytes <= MAX_ITEM_BYTES else 1
 
 
 def _slice(view: memoryview, begin: int, end: int) -> memoryview:

@@ -42,6 +42,9 @@ else:
     class Handler:
         """Only a name for annotations at run time: a handler is a plain function with ``run`` and ``__coldstart__``."""
 
+        def __class_getitem__(cls, _types: Any) -> type:
+            return cls
+
 
 def decorate(name: Any, target: Any, options: Mapping[str, Any]) -> Any:
     """Make a handler of ``target``, a function or a class. Raises HandlerError for anything that cannot work."""
@@ -86,8 +89,12 @@ def _wrap_async_generator(definition: Definition) -> Any:
         worker = definition.ready_worker
         if worker is None:
             worker = await _start_async(definition)
-        async for piece in worker.stream_async(event):
-            yield piece
+        pieces = worker.stream_async(event)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()  # a client that leaves ends the user's stream now, not when it is collected
 
     return handler
 
@@ -152,8 +159,12 @@ def _gated_method(definition: Definition, name: str) -> Any:
 
     async def bound_async_generator(*arguments: Any, **options: Any) -> Any:
         worker = definition.ready_worker or await _start_async(definition)
-        async for piece in getattr(worker.model, name)(*arguments, **options):
-            yield piece
+        pieces = getattr(worker.model, name)(*arguments, **options)
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:
+            await pieces.aclose()
 
     of_kind = {"generator": bound_generator, "async": bound_async, "async_generator": bound_async_generator}
     bound: Any = of_kind.get(kind, bound_sync)

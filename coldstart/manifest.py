@@ -42,7 +42,7 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 """Words that a manifest may list in ``requires``. A reader that does not know one must not use the snapshot."""
 
 SEGMENT_ALIGNMENT_BYTES = 256
-MAX_MANIFEST_BYTES = 128 << 20
+MAX_MANIFEST_BYTES = 32 << 20
 MAX_REF_BYTES = 64 << 10
 MAX_SEGMENTS = 4096
 MAX_BUFFERS = 500_000

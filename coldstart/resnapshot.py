@@ -245,7 +245,7 @@ def marks_of(survey: Survey) -> dict[str, Any]:
     for found in survey.leaves:
         index = found.leaf.buffer
         if found.version is not None:
-            marks[found.leaf.path] = found.version
+            marks[found.leaf.path] = found.version()
         elif index >= 0:
             if index not in hashes:
                 hashes[index] = _hash(survey.storages[index].data)
@@ -261,8 +261,8 @@ def changed_paths(survey: Survey, marks: Mapping[str, Any], kinds: Mapping[str, 
         mark, index = marks.get(found.leaf.path), found.leaf.buffer
         if mark is None or kind_of(found.leaf.path, kinds) != "weights":
             continue
-        if isinstance(mark, int):
-            now: Any = found.array._version  # noqa: SLF001  torch's public name for it has the underscore
+        if found.version is not None:
+            now: Any = found.version()
         else:
             now = hashes[index] = hashes.get(index) or _hash(survey.storages[index].data)
         if now != mark:

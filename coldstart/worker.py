@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
@@ -29,7 +29,7 @@ from coldstart.resnapshot import Resnapshot
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
     from types import TracebackType
 
     from coldstart.definition import Definition
@@ -84,6 +84,7 @@ def begin_early(path: str, name: str | None = None) -> str:
     import), else "". The outcome is used only if the imported module has the same key.
     """
     with _registry.lock:
+        _registry.watch_forks()
         early, reason = early_restorations(path, name, _services(_registry.serving, _registry.pinned))
         if early is not None and early.name not in _registry.early and early.name not in _registry.workers:
             _registry.early[early.name] = early
@@ -270,13 +271,14 @@ class Worker:
         self._leave(began, failed=False)
         return result
 
-    async def stream_async(self, event: Any) -> AsyncIterator[Any]:
-        """Answer one event piece by piece (kind ``async_generator``)."""
+    async def stream_async(self, event: Any) -> AsyncGenerator[Any, None]:
+        """Answer one event piece by piece (kind ``async_generator``). A stream that is left ends the user's at once."""
         began = self._enter()
         failed = True
         try:
-            async for piece in self._function(event, self.model):
-                yield piece
+            async with aclosing(self._function(event, self.model)) as pieces:
+                async for piece in pieces:
+                    yield piece
             failed = False
         except GeneratorExit:
             failed = False

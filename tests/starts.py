@@ -9,13 +9,17 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
+from coldstart.worker import worker_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from coldstart.worker import Worker
 
 ROOT = Path(__file__).parent.parent
 RUN_SECONDS = 120.0
@@ -197,3 +201,28 @@ class Seen:
 
     def _is_of_name(self, event: Any) -> bool:
         return bool(getattr(event, "name", "").split("=")[0] == self._name)
+
+
+def one() -> int:
+    """The smallest load."""
+    return 1
+
+
+def started(handler: Any) -> Worker:
+    """The worker of a handler of this process, ready."""
+    return worker_for(handler.__coldstart__).wait()
+
+
+def in_threads(number: int, work: Callable[[], Any]) -> list[Any]:
+    """The results of ``work`` on that many threads at once; an error counts as a result."""
+    together = threading.Barrier(number)
+
+    def attempt(_: int) -> Any:
+        together.wait(RUN_SECONDS)
+        try:
+            return work()
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(attempt, range(number)))

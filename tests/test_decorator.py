@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldstart import Policy, Warmup, coldstart, manifest
+from coldstart import Handler, Policy, Warmup, coldstart, manifest
 from coldstart.definition import definition_of
 from coldstart.errors import ColdstartError, HandlerError, PhaseError, StartError
 from coldstart.worker import worker_for
@@ -135,6 +135,11 @@ def test_annotations_of_variable_arguments_are_left_out():
         def handle(*arguments: int) -> str: ...
 
     assert decorated(handler).__annotations__ == coldstart("two")(Model).__annotations__ == {"return": "str"}
+
+
+def test_the_handler_type_can_be_written_in_annotations():
+    """``Handler[Event, Answer]`` is a name for checkers that an annotation may evaluate, too."""
+    assert Handler[dict, int] is Handler
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from typing import Any
@@ -126,6 +127,20 @@ def test_nothing_is_changed_by_a_failed_bind():
     assert all(parameter is good_before[name] for name, parameter in good.named_parameters())
     assert skeleton.training
     assert good.training
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool):
+    """Collections pause during a bind, and only then, also when it fails."""
+    stored = store([np.zeros(1)])
+    (gc.enable if enabled else gc.disable)()
+    try:
+        stored.into([np.zeros(1)])
+        with pytest.raises(StateMismatchError):
+            stored.into([np.zeros(2)])
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 class Forgetful(TwoTensor):

@@ -38,6 +38,13 @@ class Unready(Plain):
         raise NotImplementedError
 
 
+class Misnamed(Unready):
+    """A subclass that names a part which is no tensor."""
+
+    def __tensor_flatten__(self) -> Any:
+        return ["shape", "missing"], None
+
+
 def with_attribute(value: object) -> torch.Tensor:
     """A tensor that carries a Python attribute."""
     tensor = torch.zeros(2)
@@ -73,6 +80,7 @@ REFUSED = {
     "zero": (lambda: torch._efficientzerotensor(2), "is a lazy conjugate, negative or zero"),
     "subclass": (lambda: torch.zeros(2).as_subclass(Plain), "Plain, a kind of tensor that cannot be taken apart"),
     "unready": (lambda: torch.zeros(2).as_subclass(Unready), "Unready, a kind of tensor that cannot be taken apart"),
+    "misnamed": (lambda: torch.zeros(2).as_subclass(Misnamed), "Misnamed, a kind of tensor that cannot be taken apart"),
     "bitsandbytes": (lambda: Params4bit(torch.zeros(2), requires_grad=False), "is a Params4bit of bitsandbytes"),
     "lazy": (lambda: nn.UninitializedParameter(), "is a lazy parameter without a shape"),
     "graph": (lambda: nn.Parameter(torch.zeros(2)) * 2, "is the result of a computation"),
@@ -132,11 +140,12 @@ def test_distributed_tensors_are_refused():
         dist.destroy_process_group()
 
 
-def test_a_tuple_of_tensors_in_a_set_is_refused_though_it_is_elsewhere_too():
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_tuple_of_tensors_in_a_set_is_refused_though_it_is_elsewhere_too(sets: int):
     """A tuple is made anew when a member is replaced, and a set would keep the old one."""
     member = (torch.zeros(1), 2)
     with pytest.raises(UncapturableError, match="lies in a set"):
-        survey([member, {member}, {member}])
+        survey([member, *({member} for _ in range(sets))])
 
 
 def test_more_arrays_than_the_format_holds_are_refused(monkeypatch: pytest.MonkeyPatch):

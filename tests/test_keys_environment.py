@@ -40,6 +40,7 @@ READS = {
     "a module-level value": "import os\nVALUE = os.environ.get('A')\ndef load(ctx): return VALUE",
     "a helper": "import os\ndef helper(): return os.environ['A']\ndef load(ctx): return helper()",
     "a default argument": "import os\ndef load(ctx, a=os.environ.get('A')): return a",
+    "os by a star import": "from lib import *\ndef load(ctx): return os.environ['A']",
     "a local module": "from lib import read\ndef load(ctx): return read()",
 }
 

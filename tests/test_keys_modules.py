@@ -96,17 +96,28 @@ def test_modules_that_trade_places_change_the_key(project: Project) -> None:
     assert digest != first
 
 
-def test_relative_modules_that_trade_places_change_the_key(project: Project) -> None:
-    """Modules of one name in two packages are told apart by their packages."""
+@pytest.mark.parametrize("has_init", [True, False])
+def test_modules_of_one_name_that_trade_places_change_the_key(project: Project, *, has_init: bool) -> None:
+    """Modules of one name in two packages are told apart by their packages, those without __init__ too."""
     digests = set()
     for left, right in (("1", "2"), ("2", "1")):
-        for package, value in (("pkg/left", left), ("pkg/right", right)):
-            project.write("from .mod import X\n", f"{package}/__init__.py")
+        for package, value in (("left", left), ("right", right)):
             project.write(f"X = {value}\n", f"{package}/mod.py")
-        project.write("", "pkg/__init__.py")
-        text = (
-            START + "from pkg.left import X as a\nfrom pkg.right import X as b\ndef load(ctx): return a - b" + HANDLER
-        )
+            if has_init:
+                project.write("from .mod import X\n", f"{package}/__init__.py")
+        places = ("left", "right") if has_init else ("left.mod", "right.mod")
+        imports = "from {} import X as a\nfrom {} import X as b\n".format(*places)
+        digests.add(project.key(START + imports + "def load(ctx): return a - b" + HANDLER).digest)
+    assert len(digests) == 2
+
+
+def test_importing_a_submodule_takes_its_packages_too(project: Project) -> None:
+    """``import a.b`` gives the whole of a, through which its other names can be reached."""
+    project.write("x = 1\n", "pkg/mod.py")
+    text = START + "import pkg.mod\ndef load(ctx): return pkg.size" + HANDLER
+    digests = set()
+    for size in (1, 2):
+        project.write(f"size = {size}\n", "pkg/__init__.py")
         digests.add(project.key(text).digest)
     assert len(digests) == 2
 

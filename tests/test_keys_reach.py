@@ -169,6 +169,15 @@ CHANGING = {
         "import os\nos.environ['Q'] = '1'\ndef load(ctx): return os.environ['Q']",
         "import os\nos.environ['Q'] = '2'\ndef load(ctx): return os.environ['Q']",
     ),
+    "another name of the same value": (LOAD + "X = Y = {}\nY['a'] = 1", LOAD + "X = Y = {}\nY['a'] = 2"),
+    "the order of assignments with effects": (
+        LOAD + "X = [1, 2, 3]\na = X.pop(0)\nb = X.pop(1)",
+        LOAD + "X = [1, 2, 3]\nb = X.pop(1)\na = X.pop(0)",
+    ),
+    "a call in a class body": (
+        LOAD + "X = []\nclass C:\n    X.append(1)",
+        LOAD + "X = []\nclass C:\n    X.append(2)",
+    ),
     "an f-string": ("def load(ctx): return f'a{ctx}b'", "def load(ctx): return f'a{ctx}c'"),
     "a format": ("def load(ctx): return f'{ctx:>4}'", "def load(ctx): return f'{ctx:>5}'"),
     "an operator": ("def load(ctx): return 1 + 2", "def load(ctx): return 1 - 2"),

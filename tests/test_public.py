@@ -69,7 +69,7 @@ def test_testing_exports_what_it_lists():
     from coldstart import testing
 
     assert all(getattr(testing, name) is not None for name in testing.__all__)
-    assert sorted(testing.__all__, key=str.lower) == sorted(testing.__all__, key=str.lower)
+    assert set(testing.__all__) == set(testing._HOMES)
     assert not hasattr(testing, "nothing")
 
 
@@ -142,10 +142,9 @@ def test_prefetch_begins_the_start_of_the_calling_file(call, tmp_path, monkeypat
     path = tmp_path / f"{call.replace('.', '_')}_handler.py"
     path.write_text(PREFETCHING.format(call=call))
     module = import_file(str(path))
-    early = worker._registry.early["early"]
+    restoration = worker._registry.early["early"].restorations[""]
     assert module.handler({"input": 0}) == 1
-    assert early.restorations == {}  # taken by the worker, whose key is the same
-    assert worker._registry.workers["early"].timeline is early.timeline
+    assert [part.restoration for part in worker._registry.workers["early"]._parts.parts] == [restoration]
 
 
 def test_subscribers_hear_the_past_and_the_present(monkeypatch):

@@ -1,9 +1,8 @@
 """The contract of a device: one arena for all segments of a snapshot, and arrays that are views of it.
 
-A restore fills ``staging(segment)`` (host memory that decoded bytes are written to), calls ``commit`` for ranges that
-are complete, and hands ``array(...)`` views to the framework. On a CPU the staging memory *is* the arena and ``commit``
-does nothing; on a GPU it is a bounded ring and ``commit`` copies. An arena is never moved, resized or closed while a
-view of it may live: views keep it alive.
+A restore fills ``writable(segment)`` with verified, decoded bytes, calls ``seal``, and hands ``array(...)`` views to the
+framework. On a CPU the writable memory *is* the arena. An arena is never moved, resized or closed while a view of it may
+live: views keep it alive.
 """
 
 from __future__ import annotations

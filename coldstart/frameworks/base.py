@@ -26,13 +26,13 @@ class FoundLeaf(NamedTuple):
     """An array of a state.
 
     ``leaf.buffer`` is an index into ``Survey.storages``. ``array`` is the object itself, ``place(other)`` puts another
-    object at its path, ``version`` is a counter that in-place writes raise (None where the framework keeps none).
+    object at its path, ``version()`` reads a counter that in-place writes raise (None where the framework keeps none).
     """
 
     leaf: Leaf
     array: Any
     place: Callable[[Any], None]
-    version: int | None
+    version: Callable[[], int] | None
 
 
 class Survey(NamedTuple):

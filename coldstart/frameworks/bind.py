@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import StateMismatchError
@@ -31,12 +32,32 @@ def bind(skeleton: Any, leaves: Sequence[Leaf], modules: Mapping[str, bool], buf
 
     Raises StateMismatchError with every difference, before anything is changed; ManifestError for impossible leaves.
     """
+    with _NoCollection():
+        return _bound(skeleton, {leaf.path: leaf for leaf in leaves}, modules, Views(buffer_array))
+
+
+class _NoCollection:
+    """No garbage collection meanwhile.
+
+    Ten thousand arrays are a hundred thousand objects, none of them garbage; with torch's modules in memory the
+    collector doubles the time of a bind by looking for some.
+    """
+
+    def __enter__(self) -> None:
+        self._enabled = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            gc.enable()
+
+
+def _bound(skeleton: Any, by_path: Mapping[str, Leaf], modules: Mapping[str, bool], views: Views) -> Any:
     walk = Walk(skeleton)
-    by_path = {leaf.path: leaf for leaf in leaves}
     differences = [*_array_differences(walk.spots, by_path), *_module_differences(walk.modules, modules)]
     if differences:
         raise _mismatch(differences)
-    _place(walk.spots, by_path, Views(buffer_array))
+    _place(walk.spots, by_path, views)
     for path, training in modules.items():
         vars(walk.modules[path])["training"] = training
     _check_nothing_on_meta(walk)
@@ -62,13 +83,13 @@ def _place(spots: Sequence[Spot], by_path: Mapping[str, Leaf], views: Views) -> 
 
 def _check_nothing_on_meta(walk: Walk) -> None:
     """What was placed is real; this looks at what the modules and tensor subclasses made of it."""
-    held = [
-        (attribute(path, name), tensor)
+    left = [
+        attribute(path, name)
         for path, module in walk.modules.items()
         for field, _ in for_torch.MODULE_FIELDS[:2]
         for name, tensor in vars(module).get(field, {}).items()
+        if tensor is not None and tensor.is_meta
     ]
-    left = [path for path, tensor in held if tensor is not None and tensor.is_meta]
     if left:
         raise _mismatch(
             [_Difference(f"{shown(path)} is still on the meta device, after all was put in") for path in left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from coldstart.errors import UncapturableError
@@ -74,13 +75,16 @@ def _memory(spots: Sequence[Spot], forms: Sequence[Form]) -> tuple[tuple[Storage
     return storages, positions
 
 
+def _version(tensors: Sequence[Any]) -> int:
+    """One counter for a part and its wrappers: a write through a wrapper may raise its own and not its part's."""
+    return sum(map(for_torch.version, tensors))
+
+
 def _found(spot: Spot, form: Form, position: tuple[int, int]) -> FoundLeaf:
     version, requires_grad = None, False
     if spot.framework == "torch":
         tensors = [wrapper.original for wrapper in spot.wrappers] + [spot.array]
-        versions = [for_torch.version(tensor) for tensor in tensors]
-        # A write through a wrapper may raise its counter and not its part's, or the other way round.
-        version = None if None in versions else sum(filter(None, versions))
+        version = None if any(map(for_torch.has_no_version, tensors)) else partial(_version, tensors)
         requires_grad = bool(tensors[0].requires_grad)
     leaf = Leaf(
         path=spot.path,

@@ -116,9 +116,14 @@ def _subclass_refusal(tensor: Any) -> str:
     return f"is a {cls.__module__}.{cls.__qualname__}, a kind of tensor that cannot be taken apart"
 
 
-def version(tensor: Any) -> int | None:
-    """The counter that in-place writes raise; None for inference tensors, which keep none."""
-    return None if tensor.is_inference() else int(tensor._version)  # noqa: SLF001  torch documents it under this name
+def has_no_version(tensor: Any) -> bool:
+    """Whether the tensor was made in inference mode, where torch counts no writes."""
+    return bool(tensor.is_inference())
+
+
+def version(tensor: Any) -> int:
+    """How often the tensor was written in place."""
+    return int(tensor._version)  # noqa: SLF001  torch documents it under this name
 
 
 def form(tensor: Any) -> Form:

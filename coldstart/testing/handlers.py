@@ -16,6 +16,8 @@ from coldstart.errors import ColdstartError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from coldstart.decorator import Handler
+
 CHECK_SECONDS = 600.0
 """How long one process may take."""
 
@@ -36,7 +38,7 @@ class CheckReport(NamedTuple):
     stored_bytes: int
 
 
-def check(handler: Any, *, inputs: Sequence[Any]) -> CheckReport:
+def check(handler: Handler[Any, Any] | type, *, inputs: Sequence[Any]) -> CheckReport:
     """Start the handler in a fresh process that loads and captures, then once per input in processes that restore.
 
     The handler has to be in a file, at its top level. Raises CheckFailed when no snapshot comes of it, when a start is
