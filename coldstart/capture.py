@@ -109,7 +109,12 @@ def _array_sources(capture: Capture) -> list[_Source]:
     for index, storage in enumerate(capture.survey.storages):
         leaf = leaves_of[index]
         item = plan.Item(
-            leaf.path, storage.length_bytes, _plane_bytes(leaf), kind_of(leaf.path, capture.kinds), "eager", is_file=False
+            leaf.path,
+            storage.length_bytes,
+            _plane_bytes(leaf),
+            kind_of(leaf.path, capture.kinds),
+            "eager",
+            is_file=False,
         )
         sources.append(_Source(item, partial(_slice, memoryview(storage.data))))
     return sources

@@ -1,4 +1,4 @@
-"""The parts of a handler's state: where each comes from in this start, and what a snapshot of it would hold.
+"""The parts of a handler's state: where each comes from in this start.
 
 An undivided state is one part, named ""; ``load={"encoder": ..., "adapter": ...}`` makes several, each with a key, a
 snapshot and a fallback of its own. A part is restored if it can be, by the highest rung that its generation has; whatever
@@ -7,165 +7,34 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from coldstart import caches, events
-from coldstart.capture import Capture, Encoding
-from coldstart.config import Settings, read_variable
+from coldstart.capture import Encoding
+from coldstart.config import read_variable
 from coldstart.context import Context, Declared
-from coldstart.definition import Policy, accepts
+from coldstart.definition import accepts
 from coldstart.devices import pick
-from coldstart.errors import ColdstartError, KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
+from coldstart.early import NO_STORE, Early, Opener, Services, restoration_of, snapshot_name
+from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
 from coldstart.frameworks import survey
-from coldstart.keys import find_handlers, key_from_functions, key_from_source
-from coldstart.metrics import Span, Timeline, process_clock
-from coldstart.proof import Origin
-from coldstart.repository import Lookup, Repository
-from coldstart.resnapshot import Plan, marks_of
-from coldstart.restore import Missing, Request, Restoration, Restored, Unusable, bind_arrays, rebuild_tree
-from coldstart.stores import StoreOptions, open_store
-from coldstart.terms import VERSION
+from coldstart.keys import key_from_functions
+from coldstart.metrics import Span, Timeline
+from coldstart.resnapshot import marks_of
+from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from coldstart.definition import Definition
-    from coldstart.devices.base import Device
     from coldstart.fetch.base import FetchReport
     from coldstart.frameworks import Survey
     from coldstart.loops import Loops
     from coldstart.manifest import KeyRecord
-
-NO_STORE = "no store"
-
-
-class Services(NamedTuple):
-    """What a start is given: settings, whether this process serves, what a proof pinned, and where events go."""
-
-    settings: Settings
-    serving: bool
-    pinned: Mapping[str, str]
-    bus: events.EventBus
-
-    @property
-    def uses_store(self) -> bool:
-        """A plain call in a user's tests must not touch real snapshots: the default store is for processes that serve."""
-        return self.settings.has_store and (self.serving or self.settings.store_is_explicit)
-
-
-class Opener:
-    """Opens the store once, on first use, in whichever thread needs it."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._repository: Repository | None = None
-
-    def __call__(self) -> Repository:
-        with self._lock:
-            if self._repository is None:
-                settings = self._settings
-                options = StoreOptions(*(getattr(settings, field) for field in StoreOptions._fields))
-                self._repository = Repository(open_store(settings.store, options))
-            return self._repository
-
-
-def snapshot_name(name: str, part: str) -> str:
-    """The snapshot of a part: the handler's name, and ``=part`` where the state has named parts."""
-    return f"{name}={part}" if part else name
-
-
-# --- before the import -----------------------------------------------------------------------------------------------
-
-
-class Early:
-    """Restorations begun from a file's source, before it was imported. Used only for parts whose key turns out the same."""
-
-    def __init__(
-        self,
-        name: str,
-        timeline: Timeline,
-        opener: Opener,
-        restorations: Mapping[str, Restoration],
-        bus: events.EventBus,
-    ) -> None:
-        self.name = name
-        self.timeline = timeline
-        self.opener = opener
-        self.restorations = dict(restorations)
-        self._bus = bus
-
-    def point_hubs(self) -> None:
-        """Let hub libraries, which are about to be imported, find restored files: waits until it is known which."""
-        for restoration in self.restorations.values():
-            manifest = restoration.manifest()
-            if manifest is not None:
-                caches.point_to(caches.folder_of(manifest, Path(restoration.request.files_folder)), manifest)
-
-    def forget(self) -> None:
-        """In a forked child, where the threads at work on them are not: have nothing that one could wait for."""
-        self.restorations.clear()
-
-    def take(self, part: str, key: KeyRecord) -> Restoration | None:
-        """The restoration of a part if it is of this key; one of another key is cancelled."""
-        restoration = self.restorations.pop(part, None)
-        if restoration is not None and restoration.request.key.digest != key.digest:
-            restoration.cancel()
-            self._bus.publish(
-                events.SnapshotPassedOver(self.name, "the imported module has another key than its source")
-            )
-            return None
-        return restoration
-
-
-def early_restorations(path: str, name: str | None, services: Services) -> tuple[Early | None, str]:
-    """Begin restoring for handler ``name`` (None: the only one) of a file that is not imported yet; or say why not."""
-    timeline = Timeline(process_clock())
-    if not services.uses_store:
-        return None, NO_STORE
-    with timeline.span("key from source"):
-        sources = [source for source in find_handlers(path) if name in (None, source.name, source.attribute)]
-        if len(sources) != 1 or not sources[0].name:
-            return None, "the handler's name is computed: its start waits for the import"
-        device = pick(services.settings.device)
-        try:
-            keys = key_from_source(sources[0], device_type=device.type, environment=read_variable)
-        except KeyUncomputableError as error:
-            return None, str(error)
-    opener = Opener(services.settings)
-    restorations = {
-        part: _restoration(snapshot_name(sources[0].name, part), part, key, opener, device, services)
-        for part, key in keys.items()
-    }
-    early = Early(sources[0].name, timeline, opener, restorations, services.bus)
-    caches.before_import("huggingface_hub", early.point_hubs)
-    return early, ""
-
-
-def _restoration(
-    name: str, part: str, key: KeyRecord, opener: Opener, device: Device, services: Services
-) -> Restoration:
-    settings = services.settings
-    request = Request(
-        name=name,
-        key=key,
-        open_repository=opener,
-        device=device,
-        threads=settings.fetch_threads,
-        budget_bytes=settings.memory_budget_bytes,
-        files_folder=settings.files_folder,
-        pinned=services.pinned.get(part, ""),
-        fresh=settings.fresh,
-    )
-    return Restoration(request, services.bus)
-
-
-# --- the parts of a start --------------------------------------------------------------------------------------------
+    from coldstart.repository import Lookup
+    from coldstart.restore import Restoration, Restored
 
 
 class Part:
@@ -221,7 +90,7 @@ class Parts:
                 return Part(name, snapshot, None, None, self._make_context())
         restoration = early.take(name, key) if early else None
         if restoration is None:
-            restoration = _restoration(snapshot, name, key, self.open_repository, self.device, services)
+            restoration = restoration_of(snapshot, name, key, self.open_repository, self.device, services)
         return Part(name, snapshot, key, restoration, self._make_context())
 
     def _make_context(self) -> Context:
@@ -322,7 +191,7 @@ class Parts:
         if isinstance(outcome, Unusable):
             self._fall_back(part, "restore", outcome.reason)
             return None
-        part.restored = outcome
+        part.restored, part.reason = outcome, outcome.reason
         self._use_files(part, outcome)
         if outcome.manifest.rung == "files":
             outcome.arena.seal()
@@ -335,7 +204,7 @@ class Parts:
     def _bound(self, restored: Restored, skeleton: Any, built: bool) -> Any:  # noqa: FBT001
         """The state with the restored arrays in it: bound to a skeleton, or a tree made from nothing."""
         if built:
-            bound = bind_arrays(restored, self._subject(skeleton))
+            bound = bind_arrays(restored, self.subject(skeleton))
             return bound if self._definition.owner is None else skeleton
         if restored.manifest.tree is None:
             raise StateMismatchError("the snapshot holds arrays for a build() that the handler no longer has")
@@ -372,7 +241,7 @@ class Parts:
         if part.kind != "fallback":
             part.kind = "cold"
         part.context.kind = part.kind
-        wants_capture = self._wants_capture(part)
+        wants_capture = self.wants_capture(part)
         if wants_capture and not self._records_opens:
             self._records_opens = True
             caches.recorder.begin(caches.cache_roots().values())
@@ -385,7 +254,7 @@ class Parts:
     def _survey(self, part: Part, state: Any) -> None:
         with self._timeline.span("survey"):
             try:
-                found = survey(self._subject(state))
+                found = survey(self.subject(state))
             except UncapturableError as error:
                 part.obstacle = str(error)
                 return
@@ -408,7 +277,7 @@ class Parts:
         with self._timeline.span("build"):
             return self._call(build, part)
 
-    def _subject(self, state: Any) -> Any:
+    def subject(self, state: Any) -> Any:
         """What is surveyed and bound: in class form what the methods set on ``self``."""
         return vars(state) if self._definition.owner is not None else state
 
@@ -441,101 +310,7 @@ class Parts:
         except StoreError as error:
             self._services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
 
-    def _wants_capture(self, part: Part) -> bool:
+    def wants_capture(self, part: Part) -> bool:
+        """Whether a part that was loaded may be captured: it has a key, a readable store, and nobody said no."""
         settings = self._services.settings
         return part.key is not None and settings.capture and part.lookup is not None and not self._services.pinned
-
-    def capture_plans(self, digests: tuple[str, ...]) -> list[Plan]:
-        """The generations that this worker is to make: of parts that were not restored, or by the handler's policy."""
-        touched = caches.recorder.end()
-        return [plan for part in self.parts if (plan := self._capture_plan(part, digests, touched)) is not None]
-
-    def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str]) -> Plan | None:
-        policy = self._definition.policy
-        if part.kind == "restored":
-            return self._policy_plan(part, digests) if policy != Policy() or _recovered(part) else None
-        if not self._wants_capture(part):
-            self._no_capture(part, part.reason or "captures are switched off")
-            return None
-        files = self._files_for(part, touched)
-        if part.survey is None and not files:
-            self._no_capture(part, f"{part.obstacle}; load used no hub cache either, so there is nothing to store")
-            return None
-        return self._plan(part, tuple(files), digests)
-
-    def _policy_plan(self, part: Part, digests: tuple[str, ...]) -> Plan | None:
-        """A further generation of a restored state. What it holds is surveyed anew; rung *files* stays as it is."""
-        assert part.restored is not None
-        if part.restored.manifest.rung == "arrays":
-            try:
-                part.survey = survey(self._subject(part.state))
-            except ColdstartError as error:
-                self._no_capture(part, str(error))
-                return None
-            part.marks = marks_of(part.survey)
-        return self._plan(part, tuple(part.files), digests)
-
-    def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
-        assert part.key is not None
-        assert part.lookup is not None
-        capture = Capture(
-            name=part.snapshot,
-            key=part.key,
-            survey=part.survey,
-            files=files,
-            device_type=self.device.type,
-            parent=None,
-            parent_key="",
-            generation=0,
-            kinds=self._definition.kinds,
-            warmup_digests=digests,
-            provenance=versions(),
-            mends=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
-        )
-        created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
-        due_at_once = part.kind != "restored" or _recovered(part)
-        return Plan(part.name, capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
-
-    def _files_for(self, part: Part, touched: set[str]) -> list[caches.FileSource]:
-        """Kept files and those of hub caches; beside captured arrays without the files that held them."""
-        hub = caches.used_files(touched, caches.cache_roots())
-        if part.survey is not None:
-            hub = [file for file in hub if Path(file.name).suffix not in caches.WEIGHT_SUFFIXES]
-        files = hub + part.context.kept
-        if files:
-            total_bytes = sum(Path(file.path).stat().st_size for file in files)
-            self._services.bus.publish(events.FilesKept(part.snapshot, len(files), total_bytes))
-        return files
-
-    def _no_capture(self, part: Part, reason: str) -> None:
-        self.no_capture_reason = reason
-        self._services.bus.publish(events.CaptureSkipped(part.snapshot, reason))
-
-
-def _unusable(part: Part) -> bool:
-    """Whether what the store holds for the part's key could not be read."""
-    return part.kind == "fallback" and part.restored is None
-
-
-def _recovered(part: Part) -> bool:
-    """Whether the current generation was bad and the one before it served: a new one is due at once."""
-    return part.restored is not None and part.restored.recovered_by == "previous_generation"
-
-
-def _origin(definition: Definition) -> Origin:
-    """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
-    defined = definition.owner or definition.function
-    module = sys.modules.get(defined.__module__)
-    file = getattr(module, "__file__", None) or definition.code.co_filename
-    spec = getattr(module, "__spec__", None)
-    return Origin(os.path.abspath(file), spec.name if spec else defined.__module__, definition.name)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part in this start, for the manifest and the record."""
-    found = {"coldstart": VERSION, "python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("numpy", "torch", "transformers", "onnxruntime"):
-        version = getattr(sys.modules.get(name), "__version__", None)
-        if isinstance(version, str):
-            found[name] = version
-    return found

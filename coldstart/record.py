@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coldstart.metrics import process_start_seconds
-from coldstart.parts import versions
+from coldstart.planning import versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -42,7 +42,10 @@ class Request(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A whole snapshot in memory, verified. ``recovered_by``: none, chunk_retry or previous_generation."""
+    """A whole snapshot in memory, verified. ``recovered_by``: none, chunk_retry or previous_generation.
+
+    ``reason``: why the current generation was not the one, in the last case.
+    """
 
     manifest: Manifest
     manifest_key: str
@@ -50,6 +53,7 @@ class Restored(NamedTuple):
     report: FetchReport
     recovered_by: str
     lookup: Lookup | None
+    reason: str = ""
 
 
 class Missing(NamedTuple):
@@ -137,7 +141,7 @@ class Restoration:
             if not key:
                 continue
             try:
-                return self._fetch(repository, key, recovered_by, lookup)
+                return self._fetch(repository, key, recovered_by, lookup)._replace(reason="; ".join(reasons))
             except (StoreError, SnapshotError, DeviceError) as error:
                 reasons.append(_reason(error))
                 self._bus.publish(events.FellBack(self.request.name, "generation", reasons[-1]))

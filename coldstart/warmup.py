@@ -157,7 +157,8 @@ def _feed_array(hasher: Any, value: Any) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         hasher.update(f"torch:{value.dtype}:{tuple(value.shape)};".encode())
-        value = value.detach().cpu().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).numpy()
+        plain = value.detach().cpu().resolve_conj().resolve_neg().flatten()
+        value = plain.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)) or value.dtype.hasobject:
         raise _Incomparable

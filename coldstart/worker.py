@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart import events
 from coldstart.config import Settings, load, platform_name
 from coldstart.definition import accepts
+from coldstart.early import Early, Services, early_restorations
 from coldstart.errors import ColdstartError, ForkError, HandlerError, StartError
 from coldstart.loops import Loops
 from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
-from coldstart.parts import Early, Parts, Services, early_restorations
+from coldstart.parts import Parts
+from coldstart.planning import Planner
 from coldstart.record import start_record
 from coldstart.resnapshot import Resnapshot
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
@@ -151,6 +153,7 @@ class Worker:
         self.resnapshot: Resnapshot | None = None
         self._parts: Parts | None = None
         self._plans: list[Plan] = []
+        self._no_capture_reason = ""
         self._services = services
         self._early = early
         self._loops = Loops(needs_serving_loop=definition.kind in ("async", "async_generator"))
@@ -364,7 +367,9 @@ class Worker:
         warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
         report = self.warmup = warmed or WarmupReport((), 0, 0)
         self._parts = parts
-        self._plans = parts.capture_plans(report.digests[0] if report.digests else ())
+        planner = Planner(parts, definition, events.bus)
+        self._plans = planner.plans(report.digests[0] if report.digests else ())
+        self._no_capture_reason = planner.no_capture_reason
         for fetched in parts.restored:
             seconds = fetched.ended_monotonic_seconds - fetched.began_monotonic_seconds
             self.metrics.restores.add(transferred_bytes=fetched.fetched_bytes, seconds=seconds)
@@ -431,7 +436,7 @@ class Worker:
     @property
     def capture_reason(self) -> str:
         """Why this worker makes no snapshot, or "" if it does."""
-        return self._parts.no_capture_reason if self._parts and not self._plans else ""
+        return self._no_capture_reason if not self._plans else ""
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

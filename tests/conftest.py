@@ -7,6 +7,7 @@ import os
 import sys
 import urllib.request
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -16,7 +17,6 @@ from coldstart.stores import StoreOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 # Machines that run tests are shared: how long an example takes says nothing about it.
 hypothesis.settings.register_profile("coldstart", deadline=None)
@@ -92,3 +92,15 @@ def no_workers_left() -> Iterator[None]:
     worker = sys.modules.get("coldstart.worker")
     if worker is not None:
         worker.forget_workers()
+
+
+@pytest.fixture
+def forgotten_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Handler files that a test imports, and what importing them left in the import system, are forgotten after it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield
+    folders = (f"{tmp_path}{os.sep}", f"{Path(__file__).parent.parent / 'handlers'}{os.sep}")
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(folders):
+            del sys.modules[name]

@@ -166,11 +166,12 @@ def flip(path: Path, position: int = 0) -> None:
 class Seen:
     """A subscriber that keeps the events of one handler."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bus: events.EventBus = events.bus) -> None:
         self._name = name
+        self._bus = bus
         self._events: list[Any] = []
         self._changed = threading.Condition()
-        self.stop: Callable[[], None] = events.bus.subscribe(self)
+        self.stop: Callable[[], None] = bus.subscribe(self)
 
     def __call__(self, event: events.Event) -> None:
         with self._changed:
@@ -187,7 +188,7 @@ class Seen:
     def all(self) -> list[Any]:
         """All events that were published before this call, in order: another thread may still be delivering them."""
         marker = events.UserLine("", "marker", {})
-        events.bus.publish(marker)
+        self._bus.publish(marker)
         with self._changed:
             assert self._changed.wait_for(lambda: any(event is marker for event in self._events), RUN_SECONDS)
             return [event for event in self._events if self._is_of_name(event)]

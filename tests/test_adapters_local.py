@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -347,12 +348,12 @@ def test_serving_in_a_thread_leaves_signals_alone():
 
 
 SLOW_PROOF = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from coldstart import coldstart
 
 if "prove" in sys.argv:
-    Path("proving").touch()
+    Path("proving").write_text(f"{os.getpid()}.")
     time.sleep(600)
 
 def load():
@@ -372,13 +373,12 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def group_is_empty(group):
-    """Whether no process of a group is left."""
+def has_ended(process_id):
+    """Whether a process is gone, or but a line in the table that nobody has read."""
     try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    except OSError:
         return True
-    return False
 
 
 def test_sigterm_leaves_nothing_running(tmp_path):
@@ -386,17 +386,16 @@ def test_sigterm_leaves_nothing_running(tmp_path):
     project = Project(tmp_path)
     project.write(SLOW_PROOF)
     command = ("-m", "coldstart", "serve", "handler.py")
-    with project.popen(
-        *command, stdin=subprocess.PIPE, start_new_session=True, environment={"COLDSTART_LOG": "off"}
-    ) as process:
+    with project.popen(*command, stdin=subprocess.PIPE, environment={"COLDSTART_LOG": "off"}) as process:
         process.stdin.write('{"id": 1, "input": 2}\n')
         process.stdin.flush()
         assert json.loads(process.stdout.readline()) == {"id": 1, "output": 12}
-        wait_for((tmp_path / "proving").exists)
+        proving = tmp_path / "proving"
+        wait_for(lambda: proving.exists() and proving.read_text().endswith("."))
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=END_SECONDS)
     assert (process.returncode, out, err) == (0, "", "")
-    wait_for(lambda: group_is_empty(process.pid))
+    wait_for(lambda: has_ended(proving.read_text().rstrip(".")))
 
 
 def test_a_file_that_serves_itself_waits_for_its_snapshot(tmp_path):

@@ -12,6 +12,7 @@ from coldstart.testing import CheckFailed, check
 from tests.starts import Project
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("forgotten_imports")
 PIXELS = [0, 1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 1, 1]
 
 DIFFERENT = """

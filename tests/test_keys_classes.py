@@ -98,6 +98,19 @@ def test_class_form_holds_what_makes_the_class(project: Project) -> None:
     assert project.key(START + HEADED.replace("@seen", "")) == first
 
 
+def test_members_reached_through_super_count(project: Project) -> None:
+    """What load takes from a base by super() is in the key."""
+    text = """
+class Base:
+    def prepare(self): return 1
+@coldstart("m")
+class handler(Base):
+    def load(self, ctx): self.model = super().prepare()
+    def handle(self, event): return self.model
+"""
+    assert project.key(START + text) != project.key(START + text.replace("return 1", "return 2"))
+
+
 def test_a_private_base_with_the_loader_counts_as_a_whole_chain(project: Project) -> None:
     """A base of a base is followed too, and a base that is named twice is looked at once."""
     text = """

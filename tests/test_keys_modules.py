@@ -122,6 +122,16 @@ def test_importing_a_submodule_takes_its_packages_too(project: Project) -> None:
     assert len(digests) == 2
 
 
+def test_a_name_that_a_module_makes_up_takes_the_whole_module(project: Project) -> None:
+    """Where a local module does not bind what is imported from it, all of it counts."""
+    text = START + "from lib import size\ndef load(ctx): return size" + HANDLER
+    digests = set()
+    for size in (1, 2):
+        project.write(f"def __getattr__(name): return {size}\n", "lib.py")
+        digests.add(project.key(text).digest)
+    assert len(digests) == 2
+
+
 def test_circular_imports_end(project: Project) -> None:
     """Modules that import each other, and the handler's own file, are looked at once."""
     project.write("import b\nimport a\nx = 1\n", "a.py")

@@ -178,6 +178,14 @@ CHANGING = {
         LOAD + "X = []\nclass C:\n    X.append(1)",
         LOAD + "X = []\nclass C:\n    X.append(2)",
     ),
+    "variables set before one is read": (
+        "import os\nos.environ.update(Q='1')\ndef load(ctx): return os.environ.get('Q')",
+        "import os\nos.environ.update(Q='2')\ndef load(ctx): return os.environ.get('Q')",
+    ),
+    "a variable set before it is looked for": (
+        "import os\nos.environ['Q'] = ''\ndef load(ctx): return 'Q' in os.environ",
+        "import os\nos.environ['R'] = ''\ndef load(ctx): return 'Q' in os.environ",
+    ),
     "an f-string": ("def load(ctx): return f'a{ctx}b'", "def load(ctx): return f'a{ctx}c'"),
     "a format": ("def load(ctx): return f'{ctx:>4}'", "def load(ctx): return f'{ctx:>5}'"),
     "an operator": ("def load(ctx): return 1 + 2", "def load(ctx): return 1 - 2"),

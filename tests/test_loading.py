@@ -26,14 +26,7 @@ def second(event, model):
 )
 
 
-@pytest.fixture(autouse=True)
-def modules_and_path(monkeypatch):
-    """What a test imports, and where from, is forgotten after it."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("forgotten_imports")
 
 
 @pytest.fixture

@@ -46,9 +46,7 @@ def names_now(prefix: str) -> list[str]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    costs=st.lists(st.integers(0, 30), max_size=40), threads=st.integers(1, 8), budget_bytes=st.integers(0, 40)
-)
+@given(costs=st.lists(st.integers(0, 30), max_size=40), threads=st.integers(1, 8), budget_bytes=st.integers(0, 40))
 def test_every_job_runs_once_within_the_budget(costs, threads, budget_bytes):
     """Whatever jobs cost, each runs exactly once, and those at once fit the budget or one of them is alone."""
     ledger = Ledger(budget_bytes)

@@ -134,6 +134,7 @@ def handler(event, model):
 """
 
 
+@pytest.mark.usefixtures("forgotten_imports")
 @pytest.mark.parametrize("call", ["prefetch", "coldstart.prefetch"])
 def test_prefetch_begins_the_start_of_the_calling_file(call, tmp_path, monkeypatch):
     """Called above the heavy imports, it reads the file that calls it and begins what its handler will need."""

@@ -56,11 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except ColdstartError as error:
         return tell(error)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read the output has gone: no news, nor at the interpreter's last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001  the process' edge: the handler's file or the handler raised it
         return tell(error)

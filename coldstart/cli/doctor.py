@@ -114,7 +114,7 @@ def _device() -> Iterator[Finding]:
 
 def _store() -> Iterator[Finding]:
     from coldstart.config import load
-    from coldstart.parts import Opener
+    from coldstart.early import Opener
 
     settings = load()
     if not settings.has_store:

@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Open the store and act."""
     from coldstart.config import load
-    from coldstart.parts import Opener
+    from coldstart.early import Opener
 
     settings = load(store=options.store)
     if not settings.has_store:

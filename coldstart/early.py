@@ -1,0 +1,144 @@
+"""Before the import: what a handler will need is read from its file's source and fetched while the file is imported."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart import caches, events
+from coldstart.config import Settings, read_variable
+from coldstart.devices import pick
+from coldstart.errors import KeyUncomputableError
+from coldstart.keys import find_handlers, key_from_source
+from coldstart.metrics import Timeline, process_clock
+from coldstart.repository import Repository
+from coldstart.restore import Request, Restoration
+from coldstart.stores import StoreOptions, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coldstart.devices.base import Device
+    from coldstart.manifest import KeyRecord
+
+NO_STORE = "no store"
+
+
+class Services(NamedTuple):
+    """What a start is given: settings, whether this process serves, what a proof pinned, and where events go."""
+
+    settings: Settings
+    serving: bool
+    pinned: Mapping[str, str]
+    bus: events.EventBus
+
+    @property
+    def uses_store(self) -> bool:
+        """A plain call in a user's tests must not touch real snapshots: the default store is for processes that serve."""
+        return self.settings.has_store and (self.serving or self.settings.store_is_explicit)
+
+
+class Opener:
+    """Opens the store once, on first use, in whichever thread needs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._repository: Repository | None = None
+
+    def __call__(self) -> Repository:
+        with self._lock:
+            if self._repository is None:
+                settings = self._settings
+                options = StoreOptions(*(getattr(settings, field) for field in StoreOptions._fields))
+                self._repository = Repository(open_store(settings.store, options))
+            return self._repository
+
+
+def snapshot_name(name: str, part: str) -> str:
+    """The snapshot of a part: the handler's name, and ``=part`` where the state has named parts."""
+    return f"{name}={part}" if part else name
+
+
+class Early:
+    """Restorations begun from a file's source, before it was imported. Used only for parts whose key turns out the same."""
+
+    def __init__(
+        self,
+        name: str,
+        timeline: Timeline,
+        opener: Opener,
+        restorations: Mapping[str, Restoration],
+        bus: events.EventBus,
+    ) -> None:
+        self.name = name
+        self.timeline = timeline
+        self.opener = opener
+        self.restorations = dict(restorations)
+        self._bus = bus
+
+    def point_hubs(self) -> None:
+        """Let hub libraries, which are about to be imported, find restored files: waits until it is known which."""
+        for restoration in self.restorations.values():
+            manifest = restoration.manifest()
+            if manifest is not None:
+                caches.point_to(caches.folder_of(manifest, Path(restoration.request.files_folder)), manifest)
+
+    def forget(self) -> None:
+        """In a forked child, where the threads at work on them are not: have nothing that one could wait for."""
+        self.restorations.clear()
+
+    def take(self, part: str, key: KeyRecord) -> Restoration | None:
+        """The restoration of a part if it is of this key; one of another key is cancelled."""
+        restoration = self.restorations.pop(part, None)
+        if restoration is not None and restoration.request.key.digest != key.digest:
+            restoration.cancel()
+            self._bus.publish(
+                events.SnapshotPassedOver(self.name, "the imported module has another key than its source")
+            )
+            return None
+        return restoration
+
+
+def early_restorations(path: str, name: str | None, services: Services) -> tuple[Early | None, str]:
+    """Begin restoring for handler ``name`` (None: the only one) of a file that is not imported yet; or say why not."""
+    timeline = Timeline(process_clock())
+    if not services.uses_store:
+        return None, NO_STORE
+    with timeline.span("key from source"):
+        sources = [source for source in find_handlers(path) if name in (None, source.name, source.attribute)]
+        if len(sources) != 1 or not sources[0].name:
+            return None, "the handler's name is computed: its start waits for the import"
+        device = pick(services.settings.device)
+        try:
+            keys = key_from_source(sources[0], device_type=device.type, environment=read_variable)
+        except KeyUncomputableError as error:
+            return None, str(error)
+    opener = Opener(services.settings)
+    restorations = {
+        part: restoration_of(snapshot_name(sources[0].name, part), part, key, opener, device, services)
+        for part, key in keys.items()
+    }
+    early = Early(sources[0].name, timeline, opener, restorations, services.bus)
+    caches.before_import("huggingface_hub", early.point_hubs)
+    return early, ""
+
+
+def restoration_of(
+    name: str, part: str, key: KeyRecord, opener: Opener, device: Device, services: Services
+) -> Restoration:
+    """Begin restoring one snapshot."""
+    settings = services.settings
+    request = Request(
+        name=name,
+        key=key,
+        open_repository=opener,
+        device=device,
+        threads=settings.fetch_threads,
+        budget_bytes=settings.memory_budget_bytes,
+        files_folder=settings.files_folder,
+        pinned=services.pinned.get(part, ""),
+        fresh=settings.fresh,
+    )
+    return Restoration(request, services.bus)

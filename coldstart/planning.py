@@ -1,0 +1,126 @@
+"""Which generations a worker is to make, and of what: decided once, when it is ready, from what its start was like."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coldstart import caches, events
+from coldstart.capture import Capture
+from coldstart.definition import Policy
+from coldstart.errors import ColdstartError
+from coldstart.frameworks import survey
+from coldstart.proof import Origin
+from coldstart.resnapshot import Plan, marks_of
+from coldstart.terms import VERSION
+
+if TYPE_CHECKING:
+    from coldstart.definition import Definition
+    from coldstart.parts import Part, Parts
+
+
+class Planner:
+    """Plans the generations of one start's parts. ``no_capture_reason``: why a part gets none, "" if all do."""
+
+    def __init__(self, parts: Parts, definition: Definition, bus: events.EventBus) -> None:
+        self.no_capture_reason = parts.no_capture_reason
+        self._parts = parts
+        self._definition = definition
+        self._bus = bus
+
+    def plans(self, digests: tuple[str, ...]) -> list[Plan]:
+        """The generations that this worker is to make: of parts that were not restored, or by the handler's policy."""
+        touched = caches.recorder.end()
+        return [plan for part in self._parts.parts if (plan := self._capture_plan(part, digests, touched)) is not None]
+
+    def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str]) -> Plan | None:
+        policy = self._definition.policy
+        if part.kind == "restored":
+            return self._policy_plan(part, digests) if policy != Policy() or _recovered(part) else None
+        if not self._parts.wants_capture(part):
+            self._no_capture(part, part.reason or "captures are switched off")
+            return None
+        files = self._files_for(part, touched)
+        if part.survey is None and not files:
+            self._no_capture(part, f"{part.obstacle}; load used no hub cache either, so there is nothing to store")
+            return None
+        return self._plan(part, tuple(files), digests)
+
+    def _policy_plan(self, part: Part, digests: tuple[str, ...]) -> Plan | None:
+        """A further generation of a restored state. What it holds is surveyed anew; rung *files* stays as it is."""
+        assert part.restored is not None
+        if part.restored.manifest.rung == "arrays":
+            try:
+                part.survey = survey(self._parts.subject(part.state))
+            except ColdstartError as error:
+                self._no_capture(part, str(error))
+                return None
+            part.marks = marks_of(part.survey)
+        return self._plan(part, tuple(part.files), digests)
+
+    def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
+        assert part.key is not None
+        assert part.lookup is not None
+        capture = Capture(
+            name=part.snapshot,
+            key=part.key,
+            survey=part.survey,
+            files=files,
+            device_type=self._parts.device.type,
+            parent=None,
+            parent_key="",
+            generation=0,
+            kinds=self._definition.kinds,
+            warmup_digests=digests,
+            provenance=versions(),
+            mends=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
+        )
+        created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
+        due_at_once = part.kind != "restored" or _recovered(part)
+        return Plan(part.name, capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
+
+    def _files_for(self, part: Part, touched: set[str]) -> list[caches.FileSource]:
+        """Kept files and those of hub caches; beside captured arrays without the files that held them."""
+        hub = caches.used_files(touched, caches.cache_roots())
+        if part.survey is not None:
+            hub = [file for file in hub if Path(file.name).suffix not in caches.WEIGHT_SUFFIXES]
+        files = hub + part.context.kept
+        if files:
+            total_bytes = sum(Path(file.path).stat().st_size for file in files)
+            self._bus.publish(events.FilesKept(part.snapshot, len(files), total_bytes))
+        return files
+
+    def _no_capture(self, part: Part, reason: str) -> None:
+        self.no_capture_reason = reason
+        self._bus.publish(events.CaptureSkipped(part.snapshot, reason))
+
+
+def _unusable(part: Part) -> bool:
+    """Whether what the store holds for the part's key could not be read."""
+    return part.kind == "fallback" and part.restored is None
+
+
+def _recovered(part: Part) -> bool:
+    """Whether the current generation was bad and the one before it served: a new one is due at once."""
+    return part.restored is not None and part.restored.recovered_by == "previous_generation"
+
+
+def _origin(definition: Definition) -> Origin:
+    """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
+    defined = definition.owner or definition.function
+    module = sys.modules.get(defined.__module__)
+    file = getattr(module, "__file__", None) or definition.code.co_filename
+    spec = getattr(module, "__spec__", None)
+    return Origin(os.path.abspath(file), spec.name if spec else defined.__module__, definition.name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part in this start, for the manifest and the record."""
+    found = {"coldstart": VERSION, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("numpy", "torch", "transformers", "onnxruntime"):
+        version = getattr(sys.modules.get(name), "__version__", None)
+        if isinstance(version, str):
+            found[name] = version
+    return found
