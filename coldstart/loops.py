@@ -69,8 +69,9 @@ class Loops:
         self.attach(loop)
 
     def close(self) -> None:
-        """Stop the private loop, if there is one."""
+        """Stop the private loop, if there is one. Safe to call twice."""
         if self._private and self._loop is not None:
+            self._private = False
             self._loop.call_soon_threadsafe(self._loop.stop)
 
 

@@ -172,7 +172,7 @@ class Parts:
                 )
             self._let_go_of_files(part)
             return self._load(part)
-        part.kind = part.context.kind = "restored"
+        part.kind = "restored"
         return restored[0]
 
     def _restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
@@ -180,6 +180,7 @@ class Parts:
         manifest = restoration.manifest()
         build = self._definition.build.get(part.name)
         skeleton = None
+        part.context.kind = "restored"  # what build and, on rung files, load see; a load after a failure sets its own
         if manifest is not None and manifest.rung == "arrays" and build is not None and not manifest.files:
             skeleton = self._build(build, part)  # in the shadow of the fetch
         outcome = restoration.outcome()

@@ -136,7 +136,7 @@ class Restoration:
 
     def _try_generations(self, repository: Repository, lookup: Lookup) -> Outcome:
         assert lookup.ref is not None
-        reasons = []
+        reasons: list[str] = []
         for key, recovered_by in ((lookup.ref.manifest, "none"), (lookup.ref.previous_manifest, "previous_generation")):
             if not key:
                 continue

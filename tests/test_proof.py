@@ -138,7 +138,7 @@ def test_nothing_to_fall_back_on(project: Project) -> None:
     project.edit("def load():\n", "def load():\n    open('loaded', 'w').close()\n")
     blob, *_ = project.objects("blobs")
     flip(blob)
-    with pytest.raises(ProofError, match="could not start from the new generation: .*BlobCorruptError"):
+    with pytest.raises(ProofError, match=r"could not start from the new generation: .*BlobCorruptError"):
         proof_of(project).run(current(project)[1].warmup_digests)
     assert not Path("loaded").exists()
 
@@ -146,7 +146,7 @@ def test_nothing_to_fall_back_on(project: Project) -> None:
 def test_handler_that_fails(project: Project) -> None:
     """A handler that fails in the fresh process refuses the generation, with its error as the reason."""
     in_proof(project, "raise RuntimeError('no tokenizer here')")
-    with pytest.raises(ProofError, match="phase custom_init .*no tokenizer here"):
+    with pytest.raises(ProofError, match=r"phase custom_init .*no tokenizer here"):
         proof_of(project).run(current(project)[1].warmup_digests)
 
 
@@ -218,9 +218,7 @@ def test_stopped_before_it_began(project: Project) -> None:
 
 def test_what_a_child_leaves_behind(project: Project) -> None:
     """Processes that a handler leaves behind neither hold the proof up nor outlive it."""
-    in_proof(
-        project, HANGS.replace("time.sleep(600)\n", "\n").replace('"import time; \n', '"import time; time.sleep(600)')
-    )
+    in_proof(project, LEAVES_ANOTHER)
     assert proof_of(project).run(current(project)[1].warmup_digests) is True
     _, left = _pids(Path("pids"))
     wait_until(lambda: is_gone(left), f"process {left} is still there")
