@@ -20,6 +20,8 @@ from coldstart.errors import StoreSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
     from coldstart.devices.base import Arena
     from coldstart.manifest import FileEntry, Manifest
@@ -374,16 +376,43 @@ def _set_offline(*, offline: bool) -> None:
 
 
 class _ImportWatch:
-    """A finder that finds nothing: it runs a function just before one module is imported for the first time."""
+    """A finder that lets the others find one module, once, and has a function run before the module's first line.
+
+    Not while it is looked for: that is done under the interpreter's one import lock, where waiting for a thread that
+    imports something would be waiting for ever.
+    """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
         self._module = module
         self._then = then
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:  # noqa: ARG002  the finders' protocol
-        if name == self._module:
-            sys.meta_path.remove(self)
-            self._then()
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002  the finders' protocol
+        if name != self._module:
+            return None
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderAfter(self._then, spec.loader)
+        return spec
+
+
+class _LoaderAfter:
+    """A module's loader that first runs a function, and then is out of the way."""
+
+    def __init__(self, first: Callable[[], None], loader: Any) -> None:
+        self._first = first
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        spec.loader = self._loader
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        self._first()
+        self._loader.exec_module(module)
 
 
 def before_import(module: str, then: Callable[[], None]) -> None:

@@ -301,6 +301,11 @@ def _did_you_mean(name: str) -> str:
 # --- the environment, for the few others that need it ----------------------------------------------------------------
 
 
+def environment_now() -> dict[str, str]:
+    """A copy of this process' environment, for those that must not see what its modules change in it later."""
+    return dict(os.environ)
+
+
 def read_variable(name: str) -> str | None:
     """A variable that is not a setting: one that the user's decorator declares, or a hub's cache location."""
     return os.environ.get(name)

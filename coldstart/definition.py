@@ -255,7 +255,8 @@ def accepts(function: Any, count: int) -> bool:
 
 
 def _parts(value: Any, what: str) -> Mapping[str, Callable[..., Any]]:
-    parts = dict(value) if hasattr(value, "items") else {"": value}
+    named = hasattr(value, "items") and not isinstance(value, type)
+    parts = dict(value) if named else {"": value}
     for name, function in parts.items():
         if name:
             check_name(name, most=64)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart import caches, events
-from coldstart.config import Settings, read_variable
+from coldstart.config import Settings, environment_now
 from coldstart.devices import pick
 from coldstart.errors import KeyUncomputableError
 from coldstart.keys import find_handlers, key_from_source
@@ -70,12 +70,14 @@ class Early:
         timeline: Timeline,
         opener: Opener,
         restorations: Mapping[str, Restoration],
+        environment: Mapping[str, str],
         bus: events.EventBus,
     ) -> None:
         self.name = name
         self.timeline = timeline
         self.opener = opener
         self.restorations = dict(restorations)
+        self.environment = environment
         self._bus = bus
 
     def point_hubs(self) -> None:
@@ -88,6 +90,12 @@ class Early:
     def forget(self) -> None:
         """In a forked child, where the threads at work on them are not: have nothing that one could wait for."""
         self.restorations.clear()
+
+    def cancel(self, part: str) -> None:
+        """The part is not wanted after all: stop fetching it."""
+        restoration = self.restorations.pop(part, None)
+        if restoration is not None:
+            restoration.cancel()
 
     def take(self, part: str, key: KeyRecord) -> Restoration | None:
         """The restoration of a part if it is of this key; one of another key is cancelled."""
@@ -106,13 +114,14 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
     timeline = Timeline(process_clock())
     if not services.uses_store:
         return None, NO_STORE
+    environment = environment_now()
     with timeline.span("key from source"):
         sources = [source for source in find_handlers(path) if name in (None, source.name, source.attribute)]
         if len(sources) != 1 or not sources[0].name:
             return None, "the handler's name is computed: its start waits for the import"
         device = pick(services.settings.device)
         try:
-            keys = key_from_source(sources[0], device_type=device.type, environment=read_variable)
+            keys = key_from_source(sources[0], device_type=device.type, environment=environment.get)
         except KeyUncomputableError as error:
             return None, str(error)
     opener = Opener(services.settings)
@@ -120,7 +129,7 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
         part: restoration_of(snapshot_name(sources[0].name, part), part, key, opener, device, services)
         for part, key in keys.items()
     }
-    early = Early(sources[0].name, timeline, opener, restorations, services.bus)
+    early = Early(sources[0].name, timeline, opener, restorations, environment, services.bus)
     caches.before_import("huggingface_hub", early.point_hubs)
     return early, ""
 

@@ -84,9 +84,13 @@ class Parts:
             return Part(name, snapshot, None, None, self._make_context())
         with self._timeline.span("key from functions"):
             try:
-                key = key_from_functions(definition, name, device_type=self.device.type, environment=read_variable)
+                # As the early key saw it: an import, or pointing hubs at restored files, may have changed it since.
+                environment = early.environment.get if early else read_variable
+                key = key_from_functions(definition, name, device_type=self.device.type, environment=environment)
             except KeyUncomputableError as error:
                 self.no_capture_reason = str(error)
+                if early is not None:
+                    early.cancel(name)
                 return Part(name, snapshot, None, None, self._make_context())
         restoration = early.take(name, key) if early else None
         if restoration is None:

@@ -194,8 +194,7 @@ def test_a_recording_never_makes_an_open_fail(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "gone")
     recorder.begin([home])
     (tmp_path / "gone").rmdir()
-    with pytest.raises(FileNotFoundError):
-        os.open("relative", os.O_RDONLY)
+    os.close(os.open(".", os.O_RDONLY))
     assert (home / "token").read_text() == "hf_secret"
     assert recorder.end() == {str(home / "token")}
 
@@ -364,6 +363,18 @@ def test_a_file_that_cannot_be_put_back_is_an_error(tmp_path, name):
     (folder / "kept" / name).unlink()
     (folder / "kept" / name).mkdir()
     with pytest.raises(StoreSetupError, match="COLDSTART_FILES_FOLDER"):
+        place_files(manifest, arena, tmp_path / "base")
+
+
+def test_a_folder_is_never_taken_for_a_file(tmp_path):
+    """A folder that has, by chance, the size of the file that should be there is no file."""
+    (tmp_path / "some").mkdir()
+    size = (tmp_path / "some").stat().st_size
+    manifest, arena = manifest_and_arena(tmp_path, {"a": bytes(size)})
+    folder = place_files(manifest, arena, tmp_path / "base")
+    (folder / "kept/a").unlink()
+    (folder / "kept/a").mkdir()
+    with pytest.raises(StoreSetupError):
         place_files(manifest, arena, tmp_path / "base")
 
 
@@ -753,9 +764,11 @@ def test_nothing_runs_before_the_import_of_another_module(module):
     """Other imports do not set it off, and a module that is imported already never does."""
     caches.before_import("no_such_module_for_caches", lambda: sys.late_log.append("before"))
     __import__(module)
+    finders = list(sys.meta_path)
     caches.before_import(module, lambda: sys.late_log.append("late"))
     __import__(module)
     assert sys.late_log == ["imported"]
+    assert sys.meta_path == finders
 
 
 def test_a_module_that_does_not_exist_stays_missing(module):

@@ -8,7 +8,7 @@ import pytest
 
 from coldstart.errors import ColdstartError, HandlerError
 from coldstart.loading import import_file
-from coldstart.testing import CheckFailed, check
+from coldstart.testing import CheckFailed, check, handlers
 from tests.starts import Project
 
 ROOT = Path(__file__).parent.parent
@@ -93,3 +93,24 @@ def test_what_cannot_be_checked_is_told():
         check(handler, inputs=[])
     with pytest.raises(HandlerError, match="is not a handler"):
         check(print, inputs=[1])
+
+
+def test_a_start_that_is_not_restored_fails_with_its_reason(monkeypatch):
+    """A snapshot that is made but passed over by the next process is no success."""
+
+    def run(_target, _value, changes):
+        kind = "cold" if "published" in seen else "restored"
+        seen.append("published")
+        return {"output": 1, "start": {"kind": kind, "reason": "code changed: load"}, "capture": {"published": True}}
+
+    seen = []
+    monkeypatch.setattr(handlers, "_run", run)
+    with pytest.raises(CheckFailed, match="'digits' started cold: code changed: load"):
+        check(handler_in(ROOT / "handlers" / "digits.py"), inputs=[1])
+
+
+def test_a_process_that_takes_too_long_fails(monkeypatch):
+    """A handler that hangs fails the check with the input that it hung on."""
+    monkeypatch.setattr(handlers, "CHECK_SECONDS", 0.01)
+    with pytest.raises(CheckFailed, match=r"process took longer than 0 s with \[1\]"):
+        check(handler_in(ROOT / "handlers" / "digits.py"), inputs=[[1]])

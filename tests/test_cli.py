@@ -88,8 +88,9 @@ def test_run_is_cold_then_restored(command, monkeypatch, tmp_path):
     assert "snapshot" not in err
 
 
-def test_run_as_json_is_one_document(command):
-    """``--json`` prints all there is to know as one line, and nothing else."""
+def test_run_as_json_is_one_document(command, monkeypatch):
+    """``--json`` prints all there is to know as one line, and nothing else: no log lines, unless they are asked for."""
+    monkeypatch.delenv("COLDSTART_LOG")
     status, out, err = command("run", DIGITS, "--json", "--repeat", "3")
     document = json.loads(out)
     assert (status, err) == (0, "")
@@ -241,6 +242,12 @@ def test_a_bug_of_coldstart_shows_all_of_its_traceback(command, write, monkeypat
     assert status == 1
     assert err.startswith("coldstart: TypeError: 'module' object is not subscriptable\n")
     assert "coldstart/cli/run.py" in err
+
+
+def test_ctrl_c_ends_quietly(command, write):
+    """An interrupt ends with the status that shells expect, and without a word."""
+    path = write(PLAIN.replace('event["input"] + model["number"]', "exec('raise KeyboardInterrupt')"))
+    assert command("run", path, "--input", "1") == (130, "", "")
 
 
 @pytest.mark.parametrize(

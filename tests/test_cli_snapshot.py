@@ -11,6 +11,7 @@ import pytest
 
 from coldstart.cli import main
 from coldstart.stores import open_store
+from coldstart.stores.memory import MemoryStore
 from tests.starts import SCALES, Project, flip
 
 
@@ -250,9 +251,9 @@ def test_doctor_finds_a_good_machine_good(command, monkeypatch, tmp_path):
     assert {state for _, state, _ in found} <= {"ok", "note"}
     assert ("store", "ok", f"file://{tmp_path}/store: writable, readable") in found
     assert [text for topic, _, text in found if topic == "store"][1:] == [
+        "ranges: right",
         "create-if-absent: enforced",
         "compare-and-swap: enforced",
-        "ranges: enforced",
     ]
     assert list(open_store(str(tmp_path / "store")).list("")) == []
 
@@ -265,6 +266,39 @@ def test_doctor_prints_a_line_a_finding(command, monkeypatch):
     assert status == 0
     assert all(re.match(r"(ok|note|problem) +\S", line) for line in lines)
     assert "note     store            off: every start runs load" in lines
+
+
+def test_doctor_notes_a_store_that_ignores_conditions(command, monkeypatch):
+    """A store that takes a conditional write without looking is usable, and worth a note for each condition."""
+
+    class LaxStore(MemoryStore):
+        def put(self, key, data, *, if_absent=False, if_match=None):
+            return super().put(key, data)
+
+    monkeypatch.setitem(MemoryStore._shared, "lax", LaxStore("lax"))
+    monkeypatch.setenv("COLDSTART_STORE", "memory://lax")
+    status, out, _ = command("doctor", "--json")
+    assert status == 0
+    assert [(state, text) for topic, state, text in findings(out) if topic == "store"][1:] == [
+        ("ok", "ranges: right"),
+        ("note", "create-if-absent: NOT enforced: two writers may undo each other"),
+        ("note", "compare-and-swap: NOT enforced: two writers may undo each other"),
+    ]
+
+
+def test_doctor_finds_a_store_that_answers_ranges_wrongly(command, monkeypatch):
+    """A store, or a proxy before it, that sends other bytes than those asked for is a problem."""
+
+    class ShiftedStore(MemoryStore):
+        def read_into(self, key, target, *, offset_bytes=0):
+            return super().read_into(key, target, offset_bytes=0)
+
+    monkeypatch.setitem(MemoryStore._shared, "shifted", ShiftedStore("shifted"))
+    monkeypatch.setenv("COLDSTART_STORE", "memory://shifted")
+    status, out, _ = command("doctor", "--json")
+    told = "ranges: answered with other bytes, so nothing can be restored from it: use another store"
+    assert status == 1
+    assert ("store", "problem", told) in findings(out)
 
 
 @pytest.mark.parametrize(

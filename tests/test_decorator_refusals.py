@@ -232,3 +232,13 @@ def test_policies_that_cannot_be_meant_are_told(options):
     """Values of Policy are checked where it is made."""
     with pytest.raises(HandlerError, match=r"a whole number of events, and seconds, of 0 or more"):
         Policy(**options)
+
+
+def test_a_class_as_load_is_a_loader_and_no_mapping() -> None:
+    """A class with an ``items`` method, such as dict, is called to make the state; it is not taken for named parts."""
+
+    @coldstart("made", load=dict)
+    def handler(event, model):
+        return model
+
+    assert list(handler.__coldstart__.load) == [""]

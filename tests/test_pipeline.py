@@ -190,16 +190,17 @@ def test_a_run_that_is_stopped_beforehand_begins_nothing():
 
 def test_a_stop_ends_the_run_after_the_jobs_under_way():
     """Jobs under way when the stop comes are finished, none is begun after it, and the call returns without an error."""
-    stop, finished = threading.Event(), []
+    stop, finished, numbers = threading.Event(), [], iter(range(100))
 
     def run(number: int) -> None:
         if number == 3:
             stop.set()
         finished.append(number)
 
-    jobs = [Job(0, lambda number=number: run(number)) for number in range(100)]
+    jobs = (Job(0, lambda number=number: run(number)) for number in numbers)
     run_all(jobs, threads=1, budget_bytes=1, name="stopping", stop=stop)
     assert finished == [0, 1, 2, 3]
+    assert next(numbers) == 4, "jobs that are not begun are not even asked for"
 
 
 def test_the_budget_is_given_back_after_a_failure():

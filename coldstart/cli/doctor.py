@@ -134,11 +134,16 @@ def _probe(url: str, store: Any) -> Iterator[Finding]:
     etag = store.put(key, b"coldstart doctor", if_absent=True)
     try:
         yield Finding("store", "ok", f"{url}: writable, readable")
-        create = _refuses(lambda: store.put(key, b"again", if_absent=True), ConditionFailedError)
-        swap = _refuses(lambda: store.put(key, b"again", if_match=etag[::-1] + "0"), ConditionFailedError)
         part = bytearray(4)
         store.read_into(key, memoryview(part), offset_bytes=5)
-        for name, holds in (("create-if-absent", create), ("compare-and-swap", swap), ("ranges", len(part) == 4)):  # noqa: PLR2004
+        right = part == b"tart"
+        ranges = (
+            "right" if right else "answered with other bytes, so nothing can be restored from it: use another store"
+        )
+        yield Finding("store", "ok" if right else "problem", f"ranges: {ranges}")
+        create = _refuses(lambda: store.put(key, b"again", if_absent=True), ConditionFailedError)
+        swap = _refuses(lambda: store.put(key, b"again", if_match=etag[::-1] + "0"), ConditionFailedError)
+        for name, holds in (("create-if-absent", create), ("compare-and-swap", swap)):
             state = "ok" if holds else "note"
             yield Finding(
                 "store", state, f"{name}: {'enforced' if holds else 'NOT enforced: two writers may undo each other'}"
