@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from coldstart.definition import Warmup as Warmup
     from coldstart.errors import ColdstartError as ColdstartError
 
-from coldstart.terms import VERSION as __version__
+from coldstart.terms import VERSION as __version__  # noqa: E402, N811  what checkers see stands first
 
 # Public name -> the module that holds it. The whole public surface.
 _HOMES = {

@@ -20,8 +20,6 @@ from coldstart.errors import StoreSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
 
     from coldstart.devices.base import Arena
     from coldstart.manifest import FileEntry, Manifest
@@ -33,21 +31,7 @@ _SECRETS = ("token", "stored_tokens")
 _HUB_CONSTANTS = "huggingface_hub.constants"
 _HUB_ROOTS = frozenset(("HF_HOME", "HF_HUB_CACHE"))
 WEIGHT_SUFFIXES = frozenset(
-    (
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".npz",
-        ".npy",
-        ".pkl",
-        ".data",
-    )
+    ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .npy .pkl .data".split()  # noqa: SIM905
 )
 """Files of these kinds are not stored beside captured arrays: the arrays are what they held."""
 
@@ -376,46 +360,48 @@ def _set_offline(*, offline: bool) -> None:
 
 
 class _ImportWatch:
-    """A finder that lets the others find one module, once, and has a function run before the module's first line.
+    """A finder of one module, which others find for it: it only sees to it that a function runs before the module does.
 
-    Not while it is looked for: that is done under the interpreter's one import lock, where waiting for a thread that
-    imports something would be waiting for ever.
+    Finders are asked under the interpreter's one import lock. The function may wait for a thread that has to import
+    something itself, so it runs in the loader, which is not under that lock.
     """
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
         self._module = module
         self._then = then
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002  the finders' protocol
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self._module:
             return None
-        from importlib.util import find_spec
-
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        finders = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec: Any = next((found for finder in finders if (found := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderAfter(self._then, spec.loader)
+            spec.loader = _WatchedLoader(spec.loader, self)
         return spec
 
+    def end(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self._then()
 
-class _LoaderAfter:
-    """A module's loader that first runs a function, and then is out of the way."""
 
-    def __init__(self, first: Callable[[], None], loader: Any) -> None:
-        self._first = first
+class _WatchedLoader:
+    """A module's own loader, after its watch has ended. No trace of it is left in the module."""
+
+    def __init__(self, loader: Any, watch: _ImportWatch) -> None:
         self._loader = loader
+        self._watch = watch
 
-    def create_module(self, spec: ModuleSpec) -> Any:
-        spec.loader = self._loader
+    def create_module(self, spec: Any) -> Any:
         return self._loader.create_module(spec)
 
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        self._first()
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._watch.end()
         self._loader.exec_module(module)
 
 
 def before_import(module: str, then: Callable[[], None]) -> None:
-    """Run ``then`` just before ``module`` is imported, if it ever is and has not been."""
+    """Run ``then`` just before ``module`` is imported, if it ever is and has not been. ``then`` may wait for threads."""
     if module not in sys.modules:
         sys.meta_path.insert(0, _ImportWatch(module, then))

@@ -28,7 +28,7 @@ def parse_target(text: str) -> Target:
         raise HandlerError(f"{path!r} is not a Python file; give the path of a handler's file: handlers/minilm.py")
     if not Path(path).is_file():
         raise HandlerError(f"no file is at {path!r} (looked from {Path.cwd()}): check the path")
-    return Target(os.path.abspath(path), name or None)  # noqa: PTH100  resolve() would follow links
+    return Target(os.path.abspath(path), name or None)  # not resolve(), which follows links
 
 
 def prepare_path(path: str) -> None:

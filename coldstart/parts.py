@@ -174,7 +174,6 @@ class Parts:
                 raise StateMismatchError(
                     f"the generation to be proven cannot be used: {part.reason}", snapshot=part.snapshot
                 )
-            self._let_go_of_files(part)
             return self._load(part)
         part.kind = "restored"
         return restored[0]
@@ -235,14 +234,18 @@ class Parts:
         part.context.use_restored(folder, tuple(entry.name for entry in manifest.files if entry.root == caches.KEPT))
 
     def _let_go_of_files(self, part: Part) -> None:
-        """Before ``load`` runs for real: hubs go online again and ``ctx.keep`` no longer finds restored copies."""
+        """Before ``load`` runs for real: hubs go online again and ``ctx.keep`` no longer finds restored copies.
+
+        Hubs may have been pointed at files that then could not be fetched, or turned out to be of another key.
+        """
+        caches.point_back()
         if part.restored is not None:
-            caches.point_back()
             part.files = []
             part.context = self._make_context()
 
     def _load(self, part: Part) -> Any:
         """Run the user's ``load``, note which cache files it used and what its arrays look like before anyone changes them."""
+        self._let_go_of_files(part)
         if part.kind != "fallback":
             part.kind = "cold"
         part.context.kind = part.kind

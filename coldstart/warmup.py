@@ -162,6 +162,5 @@ def _feed_array(hasher: Any, value: Any) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)) or value.dtype.hasobject:
         raise _Incomparable
-    array = numpy.ascontiguousarray(value)
-    hasher.update(f"array:{array.dtype.str}:{array.shape};".encode())
-    hasher.update(array.tobytes())
+    hasher.update(f"array:{value.dtype.str}:{value.shape};".encode())
+    hasher.update(value.tobytes())

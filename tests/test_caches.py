@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -771,9 +773,42 @@ def test_nothing_runs_before_the_import_of_another_module(module):
     assert sys.meta_path == finders
 
 
+def test_asking_whether_a_module_is_there_is_no_import(module):
+    """Libraries ask for a module's spec to see what is installed; the function still runs at the import, once."""
+    finders = len(sys.meta_path)
+    caches.before_import(module, lambda: sys.late_log.append("before"))
+    for _ in range(2):
+        assert importlib.util.find_spec(module).origin.endswith(f"{module}.py")
+    assert sys.late_log == []
+    imported = importlib.import_module(module)
+    assert sys.late_log == ["before", "imported"]
+    assert len(sys.meta_path) == finders
+    assert type(imported.__loader__) is type(imported.__spec__.loader) is importlib.machinery.SourceFileLoader
+
+
+def test_what_runs_before_an_import_may_wait_for_a_thread_that_imports(module, tmp_path):
+    """The function waits for a restore, whose thread imports codecs and stores: that must not be a deadlock."""
+    (tmp_path / "modules" / "other_module_for_caches.py").write_text("import sys\nsys.late_log.append('other')\n")
+    imported = threading.Event()
+
+    def work() -> None:
+        importlib.import_module("other_module_for_caches")
+        imported.set()
+
+    def wait() -> None:
+        threading.Thread(target=work, daemon=True).start()
+        assert imported.wait(20), "the thread cannot import while this import waits for it"
+
+    caches.before_import(module, wait)
+    importlib.import_module(module)
+    sys.modules.pop("other_module_for_caches")
+    assert sys.late_log == ["other", "imported"]
+
+
 def test_a_module_that_does_not_exist_stays_missing(module):
-    """The watch finds no module: the import fails as it would without it, after the function ran."""
+    """A module that nobody finds is not found, and nothing runs before what does not happen."""
     caches.before_import("no_such_module_for_caches", lambda: sys.late_log.append("before"))
     with pytest.raises(ModuleNotFoundError):
         __import__("no_such_module_for_caches")
-    assert sys.late_log == ["before"]
+    assert importlib.util.find_spec("no_such_module_for_caches") is None
+    assert sys.late_log == []

@@ -187,9 +187,11 @@ def serving(host):
     with ThreadingHTTPServer((host, 0), Server) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://{host}:{running.server_port}"
-        running.shutdown()
-        thread.join()
+        try:
+            yield f"http://{host}:{running.server_port}"
+        finally:
+            running.shutdown()
+            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -444,15 +444,16 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_prefetch_of_another_key(project: Project) -> None:
-    """A prefetch whose key turns out to be another is dropped: the module as it is imported counts."""
+def test_environment_that_the_module_changes(project: Project) -> None:
+    """A declared variable that the module sets while it is imported counts in the key as the process was given it."""
     project.write(PREFETCHED.replace("import numpy as np", "import numpy as np\nimport os\nos.environ['SIZE'] = '5'"))
     project.edit('"early", load=lambda: {"a": np.arange(5.0)}', '"early", load=load, env=["SIZE"]')
     project.edit("@coldstart", "def load(ctx):\n    return {'a': np.arange(float(ctx.env('SIZE')))}\n\n@coldstart")
-    for _ in range(2):
-        answer = project.python("handler.py", source='{"id": "a", "input": 1}\n', environment={"SIZE": "7"})
+    for size in ("7", "7", "8"):
+        answer = project.python("handler.py", source='{"id": "a", "input": 1}\n', environment={"SIZE": size})
         assert answer.document["output"] == 10.0
-    assert sorted(_json(path)["kind"] for path in project.objects("starts")) == ["cold", "restored"]
+    reasons = sorted(_json(path)["reason"] for path in project.objects("starts"))
+    assert reasons == ["", "environment changed: SIZE", "no snapshot yet"]
 
 
 def test_package_with_relative_imports(project: Project) -> None:
