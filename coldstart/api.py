@@ -164,7 +164,7 @@ def prefetch(name: str) -> None:
 def _prefetch(name: str, *, depth: int) -> None:
     import sys
 
-    from coldstart.worker import begin_early
+    from coldstart.registry import begin_early
 
     begin_early(sys._getframe(depth).f_code.co_filename, name)  # noqa: SLF001  the one way to know the caller's file
 

@@ -108,13 +108,13 @@ _WRAPPERS = {
 
 
 def _start(definition: Definition) -> Worker:
-    from coldstart.worker import worker_for
+    from coldstart.registry import worker_for
 
     return worker_for(definition).wait()
 
 
 async def _start_async(definition: Definition) -> Worker:
-    from coldstart.worker import worker_for
+    from coldstart.registry import worker_for
 
     return await worker_for(definition).wait_async()
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from coldstart import events
-from coldstart.config import Settings, load, platform_name
+from coldstart.answering import Answering
 from coldstart.definition import accepts
-from coldstart.early import Early, Services, early_restorations
-from coldstart.errors import ColdstartError, ForkError, HandlerError, StartError
+from coldstart.errors import ColdstartError, ForkError, StartError
 from coldstart.loops import Loops
 from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
 from coldstart.parts import Parts
@@ -31,10 +30,12 @@ from coldstart.resnapshot import Resnapshot
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+    from collections.abc import Callable
     from types import TracebackType
 
+    from coldstart.config import Settings
     from coldstart.definition import Definition
+    from coldstart.early import Early, Services
     from coldstart.resnapshot import Outcome, Plan
 
 SINK_QUIET_SECONDS = 1.0
@@ -42,113 +43,21 @@ SINK_QUIET_SECONDS = 1.0
 STOP_SECONDS = 2.0
 
 
-class _Registry:
-    """The workers and early starts of this process. A forked child keeps ready workers and loses those that were starting."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.workers: dict[str, Worker] = {}
-        self.early: dict[str, Early] = {}
-        self.serving = False
-        self.pinned: Mapping[str, str] = {}
-        self.fork_watched = False
-
-    def watch_forks(self) -> None:
-        if not self.fork_watched:
-            os.register_at_fork(after_in_child=self._forked)
-            self.fork_watched = True
-
-    def _forked(self) -> None:
-        self.lock = threading.Lock()
-        for early in self.early.values():
-            early.forget()
-        self.early.clear()
-        for worker in self.workers.values():
-            worker.forked()
-
-
-_registry = _Registry()
-
-
-def enter_serving(*, pinned: Mapping[str, str] | None = None) -> None:
-    """Say that this process serves (a command, an adapter): starts use the configured store even if it is the default one.
-
-    ``pinned``: part -> manifest key that a proof restores, with nothing to fall back on.
-    """
-    _registry.serving = True
-    _registry.pinned = pinned or {}
-
-
-def begin_early(path: str, name: str | None = None) -> str:
-    """Begin to restore what handler ``name`` of the file ``path`` will need, before the file is imported.
-
-    What is needed is read from the file's source. Returns why that could not be done (the start then begins with the
-    import), else "". The outcome is used only if the imported module has the same key.
-    """
-    with _registry.lock:
-        _registry.watch_forks()
-        early, reason = early_restorations(path, name, _services(_registry.serving, _registry.pinned))
-        if early is not None and early.name not in _registry.early and early.name not in _registry.workers:
-            _registry.early[early.name] = early
-        return reason
-
-
-def worker_for(definition: Definition) -> Worker:
-    """The one worker of this process for a handler. Its start has not necessarily begun.
-
-    Raises HandlerError when another handler of the same name has a worker already.
-    """
-    with _registry.lock:
-        worker = _registry.workers.get(definition.name)
-        if worker is None:
-            _registry.watch_forks()
-            services = _services(_registry.serving, _registry.pinned)
-            early = _registry.early.pop(definition.name, None)
-            worker = _registry.workers[definition.name] = Worker(definition, services, early)
-        elif worker.place != _place(definition):
-            raise HandlerError(
-                f"two handlers are named {definition.name!r}: {worker.place} and {_place(definition)}; a name stands for one snapshot"
-            )
-        return worker
-
-
-def forget_workers() -> None:
-    """Close all workers of this process and forget them. For tests, which start many in one process."""
-    with _registry.lock:
-        workers, _registry.workers, _registry.early = list(_registry.workers.values()), {}, {}
-        _registry.serving, _registry.pinned = False, {}
-    for worker in workers:
-        worker.close()
-
-
-def _place(definition: Definition) -> tuple[str, int]:
+def place_of(definition: Definition) -> tuple[str, int]:
+    """Where a handler is defined: two of one name at one place are the same handler, imported twice."""
     return (os.path.realpath(definition.code.co_filename), definition.code.co_firstlineno)
 
 
-def _services(serving: bool, pinned: Mapping[str, str]) -> Services:  # noqa: FBT001
-    return Services(load(), serving, pinned, events.bus)
-
-
-class Stats(NamedTuple):
-    """Counts of a worker's events."""
-
-    served: int
-    failed: int
-    in_flight: int
-
-
-class Worker:
+class Worker(Answering):
     """One handler in one process. See the module's docstring; ``model`` is the handler's second argument once ready."""
 
     def __init__(self, definition: Definition, services: Services, early: Early | None) -> None:
-        self.definition = definition
-        self.place = _place(definition)
-        self.model: Any = None
+        super().__init__(definition)
+        self.place = place_of(definition)
         self.state = "new"
         self.kind = "cold"
         self.record: dict[str, Any] = {}
         self.warmup = WarmupReport((), 0, 0)
-        self.metrics = WorkerMetrics()
         self.timeline = early.timeline if early else Timeline(process_clock())
         self.resnapshot: Resnapshot | None = None
         self._parts: Parts | None = None
@@ -157,21 +66,12 @@ class Worker:
         self._services = services
         self._early = early
         self._loops = Loops(needs_serving_loop=definition.kind in ("async", "async_generator"))
-        self._lock = threading.Lock()
         self._ended = threading.Event()
         self._waiters: list[Callable[[], None]] = []
         self._error: BaseException | None = None
         self._error_trace: TracebackType | None = None
         self._start_thread = 0
         self._after: threading.Thread | None = None
-        self._function = definition.function
-        if definition.owner is not None:
-            self._function = lambda event, instance: definition.function(instance, event)
-        self._in_flight = 0
-        self._served = 0
-        self._failed = 0
-        self._idle_since = time.monotonic()
-        self._answered = threading.Event()
 
     # --- the gate ----------------------------------------------------------------------------------------------------
 
@@ -236,79 +136,6 @@ class Worker:
             self._become("failed")
         if self.state != "new":
             self._ended.set()
-
-    # --- answering ---------------------------------------------------------------------------------------------------
-
-    def answer(self, event: Any) -> Any:
-        """Answer one event with the user's function (kind ``sync``)."""
-        began = self._enter()
-        try:
-            result = self._function(event, self.model)
-        except BaseException:
-            self._leave(began, failed=True)
-            raise
-        self._leave(began, failed=False)
-        return result
-
-    def stream(self, event: Any) -> Iterator[Any]:
-        """Answer one event piece by piece (kind ``generator``)."""
-        began = self._enter()
-        failed = True
-        try:
-            yield from self._function(event, self.model)
-            failed = False
-        except GeneratorExit:
-            failed = False
-            raise
-        finally:
-            self._leave(began, failed=failed)
-
-    async def answer_async(self, event: Any) -> Any:
-        """Answer one event (kind ``async``)."""
-        began = self._enter()
-        try:
-            result = await self._function(event, self.model)
-        except BaseException:
-            self._leave(began, failed=True)
-            raise
-        self._leave(began, failed=False)
-        return result
-
-    async def stream_async(self, event: Any) -> AsyncGenerator[Any, None]:
-        """Answer one event piece by piece (kind ``async_generator``). A stream that is left ends the user's at once."""
-        began = self._enter()
-        failed = True
-        try:
-            async with aclosing(self._function(event, self.model)) as pieces:
-                async for piece in pieces:
-                    yield piece
-            failed = False
-        except GeneratorExit:
-            failed = False
-            raise
-        finally:
-            self._leave(began, failed=failed)
-
-    def _enter(self) -> float:
-        with self._lock:
-            self._in_flight += 1
-        return time.perf_counter()
-
-    def _leave(self, began: float, *, failed: bool) -> None:
-        now = time.perf_counter()
-        with self._lock:
-            self._in_flight -= 1
-            self._served += 1
-            self._failed += failed
-            self._idle_since = time.monotonic()
-        self.metrics.warm.add(now - began)
-        if not self._answered.is_set():
-            self._answered.set()
-
-    @property
-    def stats(self) -> Stats:
-        """How many events were served, failed, and are being served."""
-        return Stats(self._served, self._failed, self._in_flight)
 
     def wait_idle(self, seconds: float) -> None:
         """Wait until no event has been served for ``seconds``; with 0, give way for at most 50 ms while one is."""
@@ -518,6 +345,3 @@ def attach_sink(settings: Settings) -> None:
     from coldstart.sinks import attach_structlog
 
     attach_structlog(events.bus, settings)
-
-
-__all__ = ["Worker", "begin_early", "enter_serving", "forget_workers", "platform_name", "worker_for"]

@@ -89,7 +89,7 @@ def s3_bucket(new_s3_bucket: Callable[[], str]) -> str:
 def no_workers_left() -> Iterator[None]:
     """Workers that a test started in this process end with it."""
     yield
-    worker = sys.modules.get("coldstart.worker")
+    worker = sys.modules.get("coldstart.registry")
     if worker is not None:
         worker.forget_workers()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
-from coldstart.worker import worker_for
+from coldstart.registry import worker_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

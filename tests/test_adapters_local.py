@@ -18,7 +18,7 @@ from coldstart import coldstart
 from coldstart.adapters import serve as serve_somewhere
 from coldstart.adapters.local import serve
 from coldstart.errors import PhaseError, UsageError
-from coldstart.worker import worker_for
+from coldstart.registry import worker_for
 from tests.starts import Project
 
 END_SECONDS = 60.0

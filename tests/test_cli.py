@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from coldstart.cli import COMMANDS, main
+from coldstart.registry import forget_workers
 from coldstart.terms import VERSION
-from coldstart.worker import forget_workers
 from tests.starts import SCALED, SCALES, Project
 
 ROOT = Path(__file__).parent.parent

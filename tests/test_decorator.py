@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from coldstart import Handler, Policy, Warmup, coldstart, manifest
 from coldstart.definition import definition_of
 from coldstart.errors import ColdstartError, HandlerError, PhaseError, StartError
-from coldstart.worker import worker_for
+from coldstart.registry import worker_for
 
 KINDS = ("sync", "generator", "async", "async_generator")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import coldstart as package
-from coldstart import coldstart, errors, worker
+from coldstart import coldstart, errors, registry
 from coldstart.loading import import_file
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("dataclasses", "inspect", "typing", "asyncio", "threading", "pathlib", "json", "coldstart.worker")
+HEAVY = ("dataclasses", "inspect", "typing", "asyncio", "threading", "pathlib", "json", "coldstart.worker", "coldstart.registry")
 
 
 def in_fresh_interpreter(code, **environment):
@@ -143,9 +143,9 @@ def test_prefetch_begins_the_start_of_the_calling_file(call, tmp_path, monkeypat
     path = tmp_path / f"{call.replace('.', '_')}_handler.py"
     path.write_text(PREFETCHING.format(call=call))
     module = import_file(str(path))
-    restoration = worker._registry.early["early"].restorations[""]
+    restoration = registry._registry.early["early"].restorations[""]
     assert module.handler({"input": 0}) == 1
-    assert [part.restoration for part in worker._registry.workers["early"]._parts.parts] == [restoration]
+    assert [part.restoration for part in registry._registry.workers["early"]._parts.parts] == [restoration]
 
 
 def test_subscribers_hear_the_past_and_the_present(monkeypatch):

@@ -95,6 +95,6 @@ def test_the_main_job_runs(tmp_path: Path) -> None:
     bench[1] = str(ROOT / bench[1])
     done = run([sys.executable, "-m", "coldstart", *bench, "--trials", "1", "--json"], tmp_path)
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+    results = json.loads(done.stdout)["results"]
     assert {scenario["scenario"] for scenario in results["scenarios"]} == {"ordinary", "naive", "first", "restored"}
-    assert results["agreement"]["restored_equals_naive"] == [True]
+    assert results["answers"]["restored_identical"] == results["answers"]["rounds"]

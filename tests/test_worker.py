@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coldstart import Warmup, coldstart, events, loops, worker
+from coldstart import Warmup, coldstart, events, loops, registry
 from coldstart.adapters.local import answer_one, on_one_loop
 from coldstart.errors import HandlerError, StartError
+from coldstart.registry import forget_workers, worker_for
 from coldstart.terms import PHASES
-from coldstart.worker import forget_workers, worker_for
 from tests.starts import Seen, in_threads, one, started
 
 if TYPE_CHECKING:
@@ -463,7 +463,7 @@ def test_plain_call_touches_no_store(name: str, tmp_path: Path) -> None:
 def test_store_is_off(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """COLDSTART_STORE=off keeps a process that serves from any store."""
     monkeypatch.setenv("COLDSTART_STORE", "off")
-    worker.enter_serving()
+    registry.enter_serving()
 
     @coldstart(name, load=lambda: {"a": 1})
     def handler(event: Any, model: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 from coldstart import coldstart, events
 from coldstart.errors import PhaseError, StartError, UndeclaredNameError
-from coldstart.worker import forget_workers, worker_for
+from coldstart.registry import forget_workers, worker_for
 from tests.starts import Seen, in_threads, one, started
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ FORKS = """
 import os, sys, threading, warnings
 from coldstart import coldstart
 from coldstart.errors import ForkError
-from coldstart.worker import worker_for
+from coldstart.registry import worker_for
 warnings.simplefilter("ignore", DeprecationWarning)
 loading, go = threading.Event(), threading.Event()
 

@@ -88,7 +88,7 @@ def _drive(pieces: Any, loop: asyncio.AbstractEventLoop) -> Any:
 def serve(definition: Definition, handler: Any, *, source: BinaryIO | None = None, sink: TextIO | None = None) -> None:
     """Serve the lines of ``source`` (default: standard input) until it ends, then end the worker."""
     from coldstart.config import load
-    from coldstart.worker import enter_serving, worker_for
+    from coldstart.registry import enter_serving, worker_for
 
     enter_serving()
     worker = worker_for(definition)

@@ -47,7 +47,7 @@ def _end_with_parent() -> None:
 
 def _prove(spec: dict[str, Any]) -> list[list[str]]:
     from coldstart.loading import Target, choose_handler, import_file
-    from coldstart.worker import begin_early, enter_serving, worker_for
+    from coldstart.registry import begin_early, enter_serving, worker_for
 
     sys.path[:] = spec["sys_path"]
     os.chdir(spec["folder"])

@@ -63,7 +63,7 @@ class _Answers(NamedTuple):
 
 def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
     from coldstart.loading import choose_handler, import_file, parse_target, prepare_path
-    from coldstart.worker import begin_early, enter_serving, worker_for
+    from coldstart.registry import begin_early, enter_serving, worker_for
 
     target = parse_target(options.target)
     given = None if options.input is None else _parsed(options.input)

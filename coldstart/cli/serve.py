@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     """Begin the restore, import the file in its shadow, and serve."""
     from coldstart.adapters import serve
     from coldstart.loading import choose_handler, import_file, parse_target, prepare_path
-    from coldstart.worker import begin_early, enter_serving, worker_for
+    from coldstart.registry import begin_early, enter_serving, worker_for
 
     target = parse_target(options.target)
     prepare_path(target.path)
