@@ -48,6 +48,7 @@ class Opener:
         self._repository: Repository | None = None
 
     def __call__(self) -> Repository:
+        """The repository, opened if it was not. Raises StoreSetupError."""
         with self._lock:
             if self._repository is None:
                 settings = self._settings

@@ -165,7 +165,7 @@ class Parts:
             return self._load(part)
         try:
             restored = self._restore(part, part.restoration)
-        except Exception as error:  # the start's edge: a snapshot is an optimisation, so load answers any failure of it
+        except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation, so load answers any failure of it
             self._fall_back(part, "restore", events.error_text(error))
             restored = None
         self._record_spans(part.restoration)

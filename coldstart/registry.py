@@ -86,7 +86,8 @@ def worker_for(definition: Definition) -> Worker:
             worker = _registry.workers[definition.name] = Worker(definition, services, early)
         elif worker.place != place_of(definition):
             raise HandlerError(
-                f"two handlers are named {definition.name!r}: {worker.place} and {place_of(definition)}; a name stands for one snapshot"
+                f"two handlers are named {definition.name!r}: {worker.place} and {place_of(definition)};"
+                " a name stands for one snapshot"
             )
         return worker
 

@@ -124,7 +124,7 @@ class Resnapshot:
         began = time.monotonic()
         try:
             outcome = self._make(plan, began)
-        except Exception as error:  # an edge of the process: a failing capture must not take the worker along
+        except Exception as error:  # noqa: BLE001  an edge of the process: a failing capture must not take the worker along
             self._bus.publish(events.CaptureFailed(plan.capture.name, events.error_text(error)))
             outcome = Outcome.none(str(error) if isinstance(error, ColdstartError) else events.error_text(error))
         self.outcomes.append(outcome)

@@ -1,9 +1,9 @@
-"""The worker: one handler's state machine in one process, and the one place where the order of a start is written.
+r"""The worker: one handler's state machine in one process, and the one place where the order of a start is written.
 
 ::
 
     new -> starting -> ready -> closing -> closed
-                 \\-> failed
+                 \-> failed
 
 A start runs in a thread of its own. Whoever asks first begins it (``coldstart run|serve``, ``prefetch``, an adapter, an
 event); everybody else waits for the same one. ``Worker._start`` reads from top to bottom like the timeline of a cold start.

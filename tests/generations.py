@@ -1,9 +1,10 @@
-"""Real generations of small snapshots for the tests of the layers between a state and a store."""
+"""Real generations of small snapshots, and who writes them, for the tests of the layers between a state and a store."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from blake3 import blake3
 
 from coldstart.caches import FileSource
@@ -12,7 +13,17 @@ from coldstart.codecs import encoder
 from coldstart.devices.cpu import CpuDevice
 from coldstart.fetch import FetchRequest, start_threads
 from coldstart.frameworks import arrays, bind, rebuild, survey
-from coldstart.manifest import Chunk, KeyRecord, Manifest, Segment, blob_key, manifest_from_json, manifest_to_json
+from coldstart.manifest import (
+    Chunk,
+    KeyRecord,
+    Manifest,
+    Segment,
+    blob_key,
+    manifest_from_json,
+    manifest_to_json,
+    ref_key,
+)
+from coldstart.testing import FaultyStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -164,3 +175,61 @@ def file_bytes(manifest: Manifest, store: Store) -> dict[str, bytes]:
         )
         for entry in manifest.files
     }
+
+
+def blobs_of(store) -> dict[str, bytes]:
+    """Every blob in the store: hash -> bytes."""
+    return {info.key.rpartition("/")[2]: store.get(info.key).data for info in store.list("blobs/")}
+
+
+def assert_same(found, expected, path="state") -> None:
+    """Two states are equal in structure, types, dtypes, shapes and bytes."""
+    assert type(found) is type(expected), path
+    if isinstance(expected, dict):
+        assert list(found) == list(expected), path
+        for key in expected:
+            assert_same(found[key], expected[key], f"{path}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), path
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{path}[{index}]")
+    elif isinstance(expected, np.ndarray):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
+        assert found.tobytes() == expected.tobytes(), path
+    else:
+        assert repr(found) == repr(expected), path
+
+
+class AtPace:
+    """A ``pace`` that acts at its n-th call, from 0, and counts."""
+
+    def __init__(self, call: int, action) -> None:
+        self.calls = 0
+        self._call = call
+        self._action = action
+
+    def __call__(self) -> None:
+        if self.calls == self._call:
+            self._action()
+        self.calls += 1
+
+
+def publish(repository, *, key=KEY, name="model", replaces=None):
+    """Write the next generation after what ``replaces`` saw (default: what is there now), and make it current."""
+    replaces = replaces or repository.look_up(name, key)
+    generation = replaces.ref.generation + 1 if replaces.ref else 1
+    manifest = manifest_of(name, generation, key)
+    return repository.publish(manifest, repository.put_manifest(manifest), replaces=replaces)
+
+
+class Meanwhile(FaultyStore):
+    """A faulty store during whose next reads of a ref somebody else does something: one action a read."""
+
+    def __init__(self, store, faults=()):
+        super().__init__(store, faults)
+        self.actions = []
+
+    def get(self, key):
+        if self.actions and key == ref_key("model", KEY.digest):
+            self.actions.pop(0)()
+        return super().get(key)

@@ -23,11 +23,15 @@ INSTALLS = ['pip install -e ".[demo]" && coldstart bench handlers/minilm.py', 'p
 
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in ``folder``, with its output; this checkout is importable, logs are off."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT), COLDSTART_LOG="off", **variables)
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
 
 
 def start(file: str, folder: Path, **variables: str) -> dict:
+    """One ``coldstart run`` of a README block, as its own JSON document."""
     command = [sys.executable, "-m", "coldstart", "run", file, "--input", json.dumps(INPUTS[file]), "--json"]
     done = run(command, folder, **variables)
     assert done.returncode == 0, done.stderr
