@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Generator
 
     from coldstart.definition import Definition
 
@@ -51,13 +51,14 @@ class Answering:
         self._leave(began, failed=False)
         return result
 
-    def stream(self, event: Any) -> Iterator[Any]:
+    def stream(self, event: Any) -> Generator[Any, Any, Any]:
         """Answer one event piece by piece (kind ``generator``)."""
         began = self._enter()
         failed = True
         try:
-            yield from self._function(event, self.model)
+            result = yield from self._function(event, self.model)
             failed = False
+            return result  # noqa: TRY300  what a generator returns is part of it
         except GeneratorExit:
             failed = False
             raise

@@ -162,11 +162,14 @@ def prefetch(name: str) -> None:
 
 
 def _prefetch(name: str, *, depth: int) -> None:
+    import os
     import sys
 
     from coldstart.registry import begin_early
 
-    begin_early(sys._getframe(depth).f_code.co_filename, name)  # noqa: SLF001  the one way to know the caller's file
+    path = sys._getframe(depth).f_code.co_filename  # noqa: SLF001  the one way to know the caller's file
+    if os.path.isfile(path):  # else typed at a prompt: there is no source to look ahead in
+        begin_early(path, name)
 
 
 def subscribe(subscriber: Callable[[Any], None]) -> Callable[[], None]:

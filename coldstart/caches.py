@@ -185,7 +185,7 @@ def place_files(manifest: Manifest, arena: Arena, base: Path) -> Path:
     written.
     """
     folder = folder_of(manifest, base)
-    if _is_complete(folder, manifest):
+    if _is_complete(folder, manifest, arena):
         return folder
     try:
         _write_folder(folder, manifest, arena)
@@ -214,16 +214,20 @@ def _files_digest(manifest: Manifest) -> str:
     return str(blake3("\n".join(hashes + names).encode()).hexdigest(length=16))
 
 
-def _is_complete(folder: Path, manifest: Manifest) -> bool:
-    return folder.is_dir() and all(_is_whole(folder, entry) for entry in manifest.files)
+def _is_complete(folder: Path, manifest: Manifest, arena: Arena) -> bool:
+    return folder.is_dir() and all(_is_whole(folder, entry, arena) for entry in manifest.files)
 
 
-def _is_whole(folder: Path, entry: FileEntry) -> bool:
+def _is_whole(folder: Path, entry: FileEntry, arena: Arena) -> bool:
+    """Whether the file is there, no link, with the bytes that were fetched and verified."""
+    path = folder / entry.root / entry.name
     try:
-        status = os.stat(folder / entry.root / entry.name)
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != entry.length_bytes:
+            return False
+        return path.read_bytes() == arena.writable(entry.segment)[entry.offset_bytes :][: entry.length_bytes]
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == entry.length_bytes
 
 
 def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
@@ -241,15 +245,15 @@ def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
         try:
             draft.rename(folder)
         except OSError:  # a start beside this one was first, or somebody damaged the folder since an earlier one
-            _mend(folder, manifest, draft)
+            _mend(folder, manifest, draft, arena)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _mend(folder: Path, manifest: Manifest, draft: Path) -> None:
-    """Put files that are missing or cut off back into a folder that other processes may be using."""
+def _mend(folder: Path, manifest: Manifest, draft: Path, arena: Arena) -> None:
+    """Put files that are missing, cut off or altered back into a folder that other processes may be using."""
     for entry in manifest.files:
-        if not _is_whole(folder, entry):
+        if not _is_whole(folder, entry, arena):
             path = folder / entry.root / entry.name
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             (draft / entry.root / entry.name).replace(path)

@@ -60,7 +60,7 @@ def _setting(
 
 
 _ADDRESS = kinds.text(
-    rf"off|{kinds.PATH}|[a-z][a-z0-9+.-]{{0,30}}://[^/@\x00- \x7f]*({kinds.PATH})?",
+    rf"off|{kinds.PATH}|[a-z][a-z0-9+.-]{{0,30}}://[^/@:\x00- \x7f]*({kinds.PATH})?",
     "an address without credentials (file:///folder, /folder, s3://bucket/prefix, r2://bucket/prefix), or off",
     optional=False,
 )
@@ -219,7 +219,7 @@ def show(setting: Setting, value: Any) -> Any:
     """``value`` as people may see it: secrets and credentials in an address as ``****``, at most 200 characters."""
     if setting.secret and value:
         return MASK
-    return re.sub("//[^/]*@", f"//{MASK}@", value)[:200] if isinstance(value, str) else value
+    return re.sub("//.*@", f"//{MASK}@", value)[:200] if isinstance(value, str) else value
 
 
 def default_of(setting: Setting, environ: Mapping[str, str] | None = None) -> Any:
@@ -240,7 +240,7 @@ def user_cache_folder(environ: Mapping[str, str] | None = None) -> str:
     folder = environ.get("XDG_CACHE_HOME", "")
     if folder.startswith("/"):
         return folder.rstrip("/")
-    home = environ.get("HOME") or os.path.expanduser("~")  # noqa: PTH111  pathlib is not on the start path
+    home = environ.get("HOME") or os.path.expanduser("~")
     if not home.startswith("/"):
         raise ConfigError("this user has no home folder to cache in: set XDG_CACHE_HOME or HOME to an absolute path")
     return f"{home.rstrip('/')}/.cache"

@@ -69,7 +69,7 @@ def _wrap_generator(definition: Definition) -> Any:
         worker = definition.ready_worker
         if worker is None:
             worker = _start(definition)
-        yield from worker.stream(event)
+        return (yield from worker.stream(event))
 
     return handler
 

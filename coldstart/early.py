@@ -127,7 +127,7 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
             return None, str(error)
     opener = Opener(services.settings)
     restorations = {
-        part: restoration_of(snapshot_name(sources[0].name, part), part, key, opener, device, services)
+        part: restoration_of(snapshot_name(sources[0].name, part), key, opener, device, services)
         for part, key in keys.items()
     }
     early = Early(sources[0].name, timeline, opener, restorations, environment, services.bus)
@@ -135,9 +135,7 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
     return early, ""
 
 
-def restoration_of(
-    name: str, part: str, key: KeyRecord, opener: Opener, device: Device, services: Services
-) -> Restoration:
+def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, services: Services) -> Restoration:
     """Begin restoring one snapshot."""
     settings = services.settings
     request = Request(
@@ -148,7 +146,7 @@ def restoration_of(
         threads=settings.fetch_threads,
         budget_bytes=settings.memory_budget_bytes,
         files_folder=settings.files_folder,
-        pinned=services.pinned.get(part, ""),
+        pinned=services.pinned.get(name, ""),
         fresh=settings.fresh,
     )
     return Restoration(request, services.bus)

@@ -10,6 +10,9 @@ from coldstart.errors import StartError
 if TYPE_CHECKING:
     import asyncio
 
+LOOP_CHECK_SECONDS = 1.0
+"""How often it is looked whether the loop that an async hook runs on is still there."""
+
 LOOP_SECONDS = 600.0
 """How long an async hook of an async handler waits for a serving loop to appear."""
 
@@ -28,30 +31,50 @@ class Loops:
         self._private = False
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Name the loop that serves. The first one stays, unless it was closed."""
-        if self._loop is None or self._loop.is_closed():
+        """Name the loop that serves. The first one stays as long as it runs."""
+        if self._loop is None or not self._loop.is_running():
             self._loop = loop
             self._attached.set()
 
     def finish(self, result: Any, *, collect: bool = False) -> Any:
         """The value behind ``result``: a coroutine's, or with ``collect`` the list of a generator's pieces."""
-        if hasattr(result, "__await__"):
+        kind = type(result)  # not the object: what it answers to any attribute is its own affair
+        if hasattr(kind, "__await__"):
             return self._run(result)
-        if collect and hasattr(result, "__anext__"):
+        if collect and hasattr(kind, "__anext__"):
             return self._run(_collect(result))
-        if collect and hasattr(result, "__next__") and hasattr(result, "send"):
+        if collect and hasattr(kind, "__next__") and hasattr(kind, "send"):
             return list(result)
         return result
 
     def _run(self, awaitable: Any) -> Any:
         import asyncio
+        from concurrent.futures import CancelledError
 
         loop = self._serving_loop()
 
         async def settle() -> Any:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(settle(), loop).result()
+        ended = (
+            "the event loop that began this start has ended before the start did; start the worker on the loop that serves,"
+            " or wait for it there"
+        )
+        try:
+            future = asyncio.run_coroutine_threadsafe(settle(), loop)
+        except RuntimeError as error:
+            awaitable.close()
+            raise StartError(ended) from error
+        while True:
+            try:
+                return future.result(LOOP_CHECK_SECONDS)
+            except CancelledError as error:
+                raise StartError(ended) from error
+            except TimeoutError:
+                if future.done():
+                    raise
+                if loop.is_closed():
+                    raise StartError(ended) from None
 
     def _serving_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None and not self._needs_serving_loop:

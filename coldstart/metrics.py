@@ -125,7 +125,7 @@ def process_start_seconds() -> ProcessStart:
     """How long ago this process started, by the best record that the system has."""
     imported_ago_seconds = time.monotonic() - _IMPORTED_SECONDS
     try:
-        with open("/proc/self/stat", "rb") as file:  # noqa: PTH123  pathlib is not on the start path
+        with open("/proc/self/stat", "rb") as file:
             record = file.read()
         tick_seconds = 1 / os.sysconf("SC_CLK_TCK")
         age_seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - start_ticks(record) * tick_seconds

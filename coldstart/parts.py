@@ -94,7 +94,7 @@ class Parts:
                 return Part(name, snapshot, None, None, self._make_context())
         restoration = early.take(name, key) if early else None
         if restoration is None:
-            restoration = restoration_of(snapshot, name, key, self.open_repository, self.device, services)
+            restoration = restoration_of(snapshot, key, self.open_repository, self.device, services)
         return Part(name, snapshot, key, restoration, self._make_context())
 
     def _make_context(self) -> Context:
@@ -170,7 +170,7 @@ class Parts:
             restored = None
         self._record_spans(part.restoration)
         if restored is None:
-            if self._services.pinned.get(part.name):
+            if self._services.pinned.get(part.snapshot):
                 raise StateMismatchError(
                     f"the generation to be proven cannot be used: {part.reason}", snapshot=part.snapshot
                 )
@@ -265,6 +265,9 @@ class Parts:
                 found = survey(self.subject(state))
             except UncapturableError as error:
                 part.obstacle = str(error)
+                return
+            except Exception as error:  # noqa: BLE001  the user's objects: whatever they do when looked at, the start goes on
+                part.obstacle = f"the state cannot be looked through: {events.error_text(error)}"
                 return
             if found.tree is None and part.name not in self._definition.build:
                 part.obstacle = f"{found.tree_obstacle}; give build= to put its arrays into the snapshot"

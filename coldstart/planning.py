@@ -19,6 +19,23 @@ from coldstart.terms import VERSION
 if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.parts import Part, Parts
+    from coldstart.warmup import WarmupReport
+
+
+def plan_captures(
+    parts: Parts, definition: Definition, report: WarmupReport, bus: events.EventBus
+) -> tuple[list[Plan], str]:
+    """What to capture after a start, and "" or why some part is not: whatever goes wrong here, the worker serves."""
+    planner = Planner(parts, definition, bus)
+    if definition.warmup.inputs and not report.digests:
+        planner.skip("the warm-up was switched off, so a new generation could not be proven")
+        return [], planner.no_capture_reason
+    try:
+        plans = planner.plans(report.digests[0] if report.digests else ())
+    except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation
+        planner.skip(events.error_text(error))
+        return [], planner.no_capture_reason
+    return plans, planner.no_capture_reason
 
 
 class Planner:
@@ -79,7 +96,7 @@ class Planner:
         )
         created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
         due_at_once = part.kind != "restored" or _recovered(part)
-        return Plan(part.name, capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
+        return Plan(capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
 
     def _files_for(self, part: Part, touched: set[str]) -> list[caches.FileSource]:
         """Kept files and those of hub caches; beside captured arrays without the files that held them."""
@@ -91,6 +108,13 @@ class Planner:
             total_bytes = sum(Path(file.path).stat().st_size for file in files)
             self._bus.publish(events.FilesKept(part.snapshot, len(files), total_bytes))
         return files
+
+    def skip(self, reason: str) -> None:
+        """No part gets a generation, for ``reason``; parts that want none anyway keep theirs."""
+        if self.no_capture_reason or not any(map(self._parts.wants_capture, self._parts.parts)):
+            return
+        self.no_capture_reason = reason
+        self._bus.publish(events.CaptureSkipped(self._definition.name, reason))
 
     def _no_capture(self, part: Part, reason: str) -> None:
         self.no_capture_reason = reason

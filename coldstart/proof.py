@@ -103,7 +103,7 @@ class Proof:
         import subprocess
 
         return subprocess.Popen(
-            [sys.executable, "-m", "coldstart", "prove", "--result-fd", str(result_fd)],
+            [sys.executable, "-P", "-m", "coldstart", "prove", "--result-fd", str(result_fd)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,

@@ -50,7 +50,7 @@ _registry = _Registry()
 def enter_serving(*, pinned: Mapping[str, str] | None = None) -> None:
     """Say that this process serves (a command, an adapter): starts use the configured store even if it is the default one.
 
-    ``pinned``: part -> manifest key that a proof restores, with nothing to fall back on.
+    ``pinned``: snapshot name -> manifest key that a proof restores, with nothing to fall back on.
     """
     _registry.serving = True
     _registry.pinned = pinned or {}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import (
     ConditionFailedError,
+    FormatVersionError,
     ManifestError,
     ObjectMissingError,
     StateChangedError,
@@ -74,7 +75,14 @@ class Repository:
 
     def look_up(self, name: str, key: KeyRecord) -> Lookup:
         """The current generation for a key. Raises StoreError, ManifestError."""
-        ref, etag = self._read_ref(ref_key(check_name(name), key.digest))
+        try:
+            ref, etag = self._read_ref(ref_key(check_name(name), key.digest))
+        except FormatVersionError:
+            raise
+        except ManifestError as error:
+            raise ManifestError(
+                f"{error}; if nobody else can mend it: coldstart snapshot delete {name}", snapshot=name
+            ) from error
         if ref is None:
             return Lookup(None, "", self._newest(name))
         if ref.name != name or ref.key.digest != key.digest:

@@ -33,7 +33,6 @@ class Plan(NamedTuple):
     generation for the key; else the handler's policy says when, counted from ``created_seconds`` (Unix time).
     """
 
-    part: str
     capture: Capture
     replaces: Lookup
     marks: Mapping[str, Any]
@@ -59,6 +58,10 @@ class Outcome(NamedTuple):
         """No generation, for ``reason``."""
         return cls(False, 0, 0, 0, 0, 0, 0.0, reason)
 
+
+NOT_COMPARED = "a fresh process started from it, but no answers were compared:"
+    " give warmup= inputs whose answers are plain and repeat"
+"""What is said of a generation whose proof was its start alone."""
 
 POLL_SECONDS = 0.5
 """How often a policy's conditions are looked at."""
@@ -142,8 +145,8 @@ class Resnapshot:
         )
         written = write_generation(capture, repository, encoding=self._encoding, pace=self._pace)
         self._check_unchanged(plan)
-        self._proof = Proof(plan.origin, {plan.part: written.manifest_key}, repository.store.url)
-        self._proof.run(capture.warmup_digests)
+        self._proof = Proof(plan.origin, {capture.name: written.manifest_key}, repository.store.url)
+        compared = self._proof.run(capture.warmup_digests)
         if self._stopping.is_set():
             return Outcome.none("the worker ended before the generation was published")
         repository.publish(written.manifest, written.manifest_key, replaces=replaces)
@@ -167,7 +170,7 @@ class Resnapshot:
             written.written_bytes,
             written.reused_bytes,
             seconds,
-            "",
+            "" if compared else NOT_COMPARED,
         )
 
     def _pace(self) -> None:
@@ -183,8 +186,9 @@ class Resnapshot:
         if changed:
             self._bus.publish(events.WeightsChanged(plan.capture.name, changed))
             raise StateChangedError(
-                f"events or the warm-up changed {len(changed)} array(s) of the state, such as {changed[0]}; declare them with"
-                f" kinds={{{changed[0]!r}: 'other'}} if that is meant",
+                f"init, the warm-up or events changed {len(changed)} array(s) of the state, such as {changed[0]};"
+                f" change a copy instead, or declare it with kinds={{{changed[0]!r}: 'other'}} if later workers shall start"
+                " from the changed bytes",
                 snapshot=plan.capture.name,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
@@ -97,7 +98,7 @@ def warm_up(
     digests: list[tuple[str, ...]] = []
     done = 0
     while done < iterations and (done == 0 or time.monotonic() < deadline):
-        answers = [answer({"id": f"warmup-{index}", "input": value}) for index, value in enumerate(inputs)]
+        answers = [answer({"id": f"warmup-{index}", "input": deepcopy(value)}) for index, value in enumerate(inputs)]
         if done < DIGESTED_ITERATIONS:
             digests.append(tuple(map(digest, answers)))
         done += 1

@@ -24,7 +24,7 @@ from coldstart.errors import ColdstartError, ForkError, StartError
 from coldstart.loops import Loops
 from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
 from coldstart.parts import Parts
-from coldstart.planning import Planner
+from coldstart.planning import plan_captures
 from coldstart.record import start_record
 from coldstart.resnapshot import Resnapshot
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
@@ -194,9 +194,7 @@ class Worker(Answering):
         warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
         report = self.warmup = warmed or WarmupReport((), 0, 0)
         self._parts = parts
-        planner = Planner(parts, definition, events.bus)
-        self._plans = planner.plans(report.digests[0] if report.digests else ())
-        self._no_capture_reason = planner.no_capture_reason
+        self._plans, self._no_capture_reason = plan_captures(parts, definition, report, events.bus)
         for fetched in parts.restored:
             seconds = fetched.ended_monotonic_seconds - fetched.began_monotonic_seconds
             self.metrics.restores.add(transferred_bytes=fetched.fetched_bytes, seconds=seconds)

@@ -48,7 +48,6 @@ def test_a_complete_folder_is_used_as_it_is(tmp_path):
     manifest, arena = manifest_and_arena(tmp_path, FILES)
     folder = place_files(manifest, arena, tmp_path / "base")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    arena.seal()  # whoever writes now fails
     assert place_files(manifest, arena, tmp_path / "base") == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 

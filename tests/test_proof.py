@@ -68,7 +68,7 @@ def current(project: Project) -> tuple[str, Manifest]:
 def proof_of(project: Project) -> Proof:
     """A proof of the current generation."""
     origin = Origin(str(project.folder / "handler.py"), "handler", "scales")
-    return Proof(origin, {"": current(project)[0]}, f"file://{project.store}")
+    return Proof(origin, {"scales": current(project)[0]}, f"file://{project.store}")
 
 
 def in_proof(project: Project, body: str) -> None:
@@ -172,7 +172,7 @@ def test_child_that_never_listens(project: Project, monkeypatch: pytest.MonkeyPa
     deaf.write_text("#!/bin/sh\necho cannot run >&2\nexit 9\n")
     deaf.chmod(0o700)
     key = current(project)[0]
-    question = Proof(Origin("x" * (1 << 20), "handler", "scales"), {"": key}, f"file://{project.store}")
+    question = Proof(Origin("x" * (1 << 20), "handler", "scales"), {"scales": key}, f"file://{project.store}")
     monkeypatch.setattr(sys, "executable", str(deaf))
     with pytest.raises(ProofError, match="status 9 and no answer: cannot run"):
         question.run(())

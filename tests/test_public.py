@@ -16,7 +16,17 @@ from coldstart import coldstart, errors, registry
 from coldstart.loading import import_file
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("dataclasses", "inspect", "typing", "asyncio", "threading", "pathlib", "json", "coldstart.worker", "coldstart.registry")
+HEAVY = (
+    "dataclasses",
+    "inspect",
+    "typing",
+    "asyncio",
+    "threading",
+    "pathlib",
+    "json",
+    "coldstart.worker",
+    "coldstart.registry",
+)
 
 
 def in_fresh_interpreter(code, **environment):

@@ -91,7 +91,7 @@ class World:
         assert capture.survey is not None
         origin = Origin("/handler.py", "handler", "model")
         marks = marks_of(capture.survey)
-        return Plan("", capture, self.look_up(capture.key), marks, origin, due_at_once, created_seconds)
+        return Plan(capture, self.look_up(capture.key), marks, origin, due_at_once, created_seconds)
 
     def begin(self, *plans: Plan, policy: Policy | None = None) -> Resnapshot:
         found = Resnapshot(
@@ -169,14 +169,18 @@ def test_proof_comes_before_the_ref(world: World, proven: type[Proven]) -> None:
     at_proof = []
 
     def look(proof: Proven) -> None:
-        at_proof.append((world.look_up().ref, world.repository.manifest(proof.pinned[""], name="model").generation))
+        at_proof.append(
+            (world.look_up().ref, world.repository.manifest(proof.pinned["model"], name="model").generation)
+        )
 
     proven.at_run = staticmethod(look)
     world.made(world.plan(weights()))
     assert at_proof == [(None, 1)]
     ref = world.look_up().ref
     assert ref is not None
-    assert proven.asked == [(Origin("/handler.py", "handler", "model"), {"": ref.manifest}, "memory://", ("d" * 32,))]
+    assert proven.asked == [
+        (Origin("/handler.py", "handler", "model"), {"model": ref.manifest}, "memory://", ("d" * 32,))
+    ]
 
 
 def test_refused_by_the_proof(world: World, proven: type[Proven]) -> None:

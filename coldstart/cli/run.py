@@ -46,7 +46,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         from coldstart.cli.timeline import report
 
-        print(json.dumps(document["output"], default=_as_json))
         print(report(document), file=sys.stderr)
     return 0
 
@@ -97,6 +96,8 @@ def _answer(handler: Any, worker: Worker, event: Any, options: argparse.Namespac
     def all_answers() -> _Answers:
         first = answer_one(handler, event)
         answered = time.monotonic()
+        if not options.json:
+            print(json.dumps(_plain(first), default=_as_json), flush=True)
         seconds, equal = [], True
         for _ in range(options.repeat):
             began = time.perf_counter()

@@ -58,6 +58,7 @@ def _capture(capture: Mapping[str, Any]) -> str:
             f"  snapshot: generation {capture['generation']} published in {capture['seconds']:.2f} s,"
             f" {_size(capture['stored_bytes'])} stored of {_size(capture['raw_bytes'])},"
             f" {_size(capture['written_bytes'])} written; the next start restores it"
+            + (f"\n  note: {capture['reason']}" if capture.get("reason") else "")
         )
     return f"  no snapshot was made: {capture['reason']}" if capture["reason"] else ""
 

@@ -15,7 +15,6 @@ A key and a folder cannot share a name: where ``a/b`` is stored, ``a`` cannot be
 """
 
 # os.path and not pathlib, which costs 15 ms that a start would pay for nothing.
-# ruff: noqa: PTH100, PTH102, PTH104, PTH108, PTH111, PTH112, PTH116, PTH120
 
 from __future__ import annotations
 

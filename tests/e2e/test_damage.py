@@ -229,7 +229,7 @@ def kept(whole: Project) -> Path:
     return path
 
 
-@pytest.mark.parametrize("damage", [_truncate, _empty, _lengthen, _delete])
+@pytest.mark.parametrize("damage", [_truncate, _empty, _lengthen, _delete, flip])
 def test_restored_file(whole: Project, kept: Path, damage: Callable[[Path], None]) -> None:
     """A restored file that was spoilt since is put in place again."""
     damage(kept)
