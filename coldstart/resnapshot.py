@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
         return cls(False, 0, 0, 0, 0, 0, 0.0, reason)
 
 
-NOT_COMPARED = "a fresh process started from it, but no answers were compared: give warmup= inputs whose answers are plain and repeat"
+NOT_COMPARED = "a fresh process started from it, but no answers were compared; give warmup= inputs whose answers repeat"
 """What is said of a generation whose proof was its start alone."""
 
 POLL_SECONDS = 0.5
