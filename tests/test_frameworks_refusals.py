@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -201,3 +202,12 @@ def test_a_skeleton_without_bytes_is_welcome():
     leaves = [found.leaf for found in survey({"w": torch.zeros(2)}).leaves]
     made = bind({"w": torch.zeros(2, device="meta")}, leaves, {}, lambda index: np.zeros(8, np.uint8))
     assert made["w"].tolist() == [0.0, 0.0]
+
+
+def test_packed_parameters_of_dynamic_quantisation_are_refused():
+    """What torch packs into a compiled object cannot be read back exactly, so it is refused and not left out silently."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 4)), {torch.nn.Linear})
+    with pytest.raises(UncapturableError, match="packed parameters"):
+        survey(model)

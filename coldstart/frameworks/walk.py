@@ -186,6 +186,8 @@ class Walk:
             return partial(self._refuse, f"is a {cls.__name__}: only arrays of torch and numpy can be captured")
         if ("torch.jit._script", "ScriptModule") in names:
             return partial(self._refuse, "is a TorchScript module, whose parameters cannot be replaced")
+        if cls.__name__ == "ScriptObject" and cls.__module__.partition(".")[0] == "torch":
+            return partial(self._refuse, "is a compiled torch object (packed parameters), whose bytes cannot be seen")
         return self._module if ("torch.nn.modules.module", "Module") in names else None
 
     def _holder_handler(self, cls: type) -> Callable[[_Visit], None]:

@@ -523,6 +523,7 @@ def test_killed_while_it_captures(scales: Project) -> None:
     with scales.popen("-m", "coldstart", "run", "handler.py", "--fresh", environment={"BLOCK": "1"}) as worker:
         deadline = time.monotonic() + RUN_SECONDS
         while not (scales.folder / "blocked").exists():
+            assert worker.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(worker.pid, signal.SIGKILL)
