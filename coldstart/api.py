@@ -36,6 +36,8 @@ class _Coldstart:
             init: Callable[..., Any] | None = None,
             compile: Callable[..., Any] | None = None,
             close: Callable[[Any], Any] | None = None,
+            before_snapshot: Callable[[Any], Any] | None = None,
+            after_restore: Callable[..., Any] | None = None,
             warmup: Warmup | Sequence[Any] = (),
             files: Mapping[str, str] | None = None,
             env: Sequence[str] = (),
@@ -69,6 +71,8 @@ class _Coldstart:
         init: Callable[..., Any] | None = None,
         compile: Callable[..., Any] | None = None,  # noqa: A002  the phase's own name
         close: Callable[[Any], Any] | None = None,
+        before_snapshot: Callable[[Any], Any] | None = None,
+        after_restore: Callable[..., Any] | None = None,
         warmup: Any = (),
         files: Mapping[str, str] | None = None,
         env: Sequence[str] = (),
@@ -83,7 +87,9 @@ class _Coldstart:
 
         ``name`` names the snapshot. ``load(ctx)`` makes the state once; ``build(ctx)`` makes it without its bytes;
         ``compile(ctx, state)`` and ``init(ctx, state)`` run at every start, and what ``init`` returns is the handler's
-        second argument; ``close(model)`` runs at the end. All may be async. ``load`` (with ``build``) may be a mapping
+        second argument; ``close(model)`` runs at the end. ``before_snapshot(model)`` and ``after_restore(ctx, model)`` run around a
+        freeze of the whole process by its platform (Modal's memory snapshots, RunPod's FlashBoot, which gives no notice
+        before): let go of connections there and make them anew. All may be async. ``load`` (with ``build``) may be a mapping
         of named parts, each with a key and a snapshot of its own. ``warmup``: inputs for the handler before the first
         event. ``files``: name -> path of files that the snapshot carries. ``env`` and ``secrets``: variables that
         ``ctx.env`` and ``ctx.secret`` may read; only the values of ``env`` belong to the snapshot's key. ``kinds``:
@@ -98,6 +104,8 @@ class _Coldstart:
             "init": init,
             "compile": compile,
             "close": close,
+            "before_snapshot": before_snapshot,
+            "after_restore": after_restore,
             "warmup": warmup,
             "files": files,
             "env": env,

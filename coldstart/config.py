@@ -101,6 +101,15 @@ SETTINGS: tuple[Setting, ...] = (
         "capture_wait_seconds", kinds.seconds(86_400), 60.0, "how long the end of the process waits for a capture"
     ),
     _setting("capture_idle_seconds", kinds.seconds(86_400), 0.25, "how long no event may run before a capture begins"),
+    _setting(
+        "concurrency", kinds.whole(0, 1000), 0, "events at a time on a platform's worker; 0: what the decorator says"
+    ),
+    _setting(
+        "thaw_seconds",
+        kinds.seconds(86_400),
+        15.0,
+        "a worker that stood still this long was frozen by its platform; 0: do not look",
+    ),
     _setting("start_records", kinds.flag(), True, "write a record of each start to the store"),
     _setting("files_folder", _FOLDER, "{cache}/coldstart-files", "where restored files are placed"),
     _setting("endpoint_url", _ENDPOINT, "", "the S3 endpoint, where it is not Amazon's or R2's own"),
@@ -130,6 +139,8 @@ class Settings(NamedTuple):
     capture: bool
     capture_wait_seconds: float
     capture_idle_seconds: float
+    concurrency: int
+    thaw_seconds: float
     start_records: bool
     files_folder: str
     endpoint_url: str

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from coldstart.worker import Worker
 
 _GENERATOR, _COROUTINE, _ASYNC_GENERATOR, _VARARGS = 0x20, 0x80, 0x200, 0x04  # inspect.CO_* flags
-_HOOKS = ("load", "build", "compile", "init", "close")
+_HOOKS = ("load", "build", "compile", "init", "close", "before_snapshot", "after_restore")
 CLASS_METHODS = (*_HOOKS, "handle")
 RESERVED = ("run",)
 """What a handler has of its own: no public method of a class may be called that."""
@@ -115,6 +115,8 @@ class Definition:
     """All that a decorator was given, checked. Plain data; the worker that serves it hangs on it once it is ready."""
 
     __slots__ = (
+        "after_restore",
+        "before_snapshot",
         "build",
         "close",
         "compile",
@@ -147,6 +149,8 @@ class Definition:
     compile: Callable[..., Any] | None
     init: Callable[..., Any] | None
     close: Callable[..., Any] | None
+    before_snapshot: Callable[..., Any] | None
+    after_restore: Callable[..., Any] | None
     warmup: Warmup
     files: Mapping[str, str]
     env: tuple[str, ...]
@@ -323,6 +327,8 @@ def _define_function(definition: Definition, function: Any, options: Mapping[str
         ("compile", "compile(ctx, state)"),
         ("init", "init(ctx, state)"),
         ("close", "close(model)"),
+        ("before_snapshot", "before_snapshot(model)"),
+        ("after_restore", "after_restore(ctx, model)"),
     ):
         hook = options[what]
         if hook is not None:
@@ -360,7 +366,8 @@ def _define_class(definition: Definition, owner: type, options: Mapping[str, Any
     definition.function = handle
     definition.load = {"": methods["load"]}
     definition.build = {} if methods["build"] is None else {"": methods["build"]}
-    definition.compile, definition.init, definition.close = methods["compile"], methods["init"], methods["close"]
+    for name in ("compile", "init", "close", "before_snapshot", "after_restore"):
+        setattr(definition, name, methods[name])
 
 
 _METHOD_TAKES = {
@@ -369,6 +376,8 @@ _METHOD_TAKES = {
     "compile": (1, 2, "compile(self, ctx) or compile(self)"),
     "init": (1, 2, "init(self, ctx) or init(self)"),
     "close": (1, 1, "close(self)"),
+    "before_snapshot": (1, 1, "before_snapshot(self)"),
+    "after_restore": (1, 2, "after_restore(self, ctx) or after_restore(self)"),
     "handle": (2, 2, "handle(self, event)"),
 }
 """Method -> the least and the most that it takes, and how it is written."""

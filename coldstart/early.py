@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,7 +11,7 @@ from coldstart import caches, events
 from coldstart.config import Settings, environment_now
 from coldstart.devices import pick
 from coldstart.errors import KeyUncomputableError
-from coldstart.keys import find_handlers, key_from_source
+from coldstart.keys import find_handlers, key_from_functions, key_from_source
 from coldstart.metrics import Timeline, process_clock
 from coldstart.repository import Repository
 from coldstart.restore import Request, Restoration
@@ -19,6 +20,7 @@ from coldstart.stores import StoreOptions, open_store
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from coldstart.definition import Definition
     from coldstart.devices.base import Device
     from coldstart.manifest import KeyRecord
 
@@ -56,6 +58,14 @@ class Opener:
                 self._repository = Repository(open_store(settings.store, options))
             return self._repository
 
+    def let_go(self, settings: Settings | None = None) -> None:
+        """Close the store's connections; the next use opens it anew, by other ``settings`` if given."""
+        with self._lock:
+            self._settings = settings or self._settings
+            repository, self._repository = self._repository, None
+        if repository is not None:
+            repository.store.close()
+
 
 def snapshot_name(name: str, part: str) -> str:
     """The snapshot of a part: the handler's name, and ``=part`` where the state has named parts."""
@@ -87,6 +97,23 @@ class Early:
             manifest = restoration.manifest()
             if manifest is not None:
                 caches.point_to(caches.folder_of(manifest, Path(restoration.request.files_folder)), manifest)
+
+    def settle(self) -> None:
+        """Wait until all is in memory, put it on the timeline, and leave no thread and no connection.
+
+        What was not found is forgotten, so that it is looked for again: there may be a snapshot by then.
+        """
+        for part, restoration in list(self.restorations.items()):
+            if not restoration.succeeded():
+                del self.restorations[part]
+            restoration.put_on(self.timeline)
+        self.opener.let_go()
+
+    def wake(self, settings: Settings, changed: Mapping[str, str | None]) -> None:
+        """After a freeze: other credentials, and variables of the environment that the platform has changed."""
+        self.opener.let_go(settings)
+        environment = {**self.environment, **changed}
+        self.environment = {name: value for name, value in environment.items() if value is not None}
 
     def forget(self) -> None:
         """In a forked child, where the threads at work on them are not: have nothing that one could wait for."""
@@ -133,6 +160,22 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
     early = Early(sources[0].name, timeline, opener, restorations, environment, services.bus)
     caches.before_import("huggingface_hub", early.point_hubs)
     return early, ""
+
+
+def early_of(definition: Definition, services: Services) -> Early | None:
+    """Begin restoring for a handler that is imported already. None: without a store there is nothing to begin."""
+    if not services.uses_store:
+        return None
+    timeline, environment = Timeline(process_clock()), environment_now()
+    device, opener = pick(services.settings.device), Opener(services.settings)
+    restorations = {}
+    with timeline.span("key from functions"):
+        for part in definition.load:
+            with suppress(KeyUncomputableError):  # the start itself will say so
+                key = key_from_functions(definition, part, device_type=device.type, environment=environment.get)
+                name = snapshot_name(definition.name, part)
+                restorations[part] = restoration_of(name, key, opener, device, services)
+    return Early(definition.name, timeline, opener, restorations, environment, services.bus)
 
 
 def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, services: Services) -> Restoration:

@@ -30,6 +30,13 @@
     |   +-- ForkError             the process forked before the worker was ready
     +-- DeviceError               a device is missing, or has no memory
     +-- CodecError                a frame is malformed, or a codec is unknown or not installed
+    +-- DeployError               a platform's management API, or what it deploys
+        +-- CredentialsError      no API key, or the platform refused it
+        +-- ResourceMissingError  the platform has nothing of that id or name
+        +-- ConflictError         what is there stands against what was asked for
+        +-- RequestInvalidError   the platform refused the request's content
+        +-- PlatformBusyError     the platform was busy, or could not be reached
+        +-- ImageError            the image could not be built or pushed
 
 A message says what happened, to what, and what to do. Programming errors inside coldstart are not in this tree.
 """
@@ -168,3 +175,35 @@ class DeviceError(ColdstartError):
 
 class CodecError(ColdstartError):
     """A frame is malformed, or its codec is unknown or not installed."""
+
+
+class DeployError(ColdstartError):
+    """Deploying failed; ``status`` is the HTTP status that the platform answered, 0 where there was no answer."""
+
+    def __init__(self, message: str, *, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class CredentialsError(DeployError):
+    """There is no API key, or the platform refused it."""
+
+
+class ResourceMissingError(DeployError):
+    """The platform has nothing of that id or name."""
+
+
+class ConflictError(DeployError):
+    """What the platform has stands against what was asked for."""
+
+
+class RequestInvalidError(DeployError):
+    """The platform refused the content of a request; the message shows what it said."""
+
+
+class PlatformBusyError(DeployError):
+    """The platform was busy, failed, or could not be reached; the same command may go through later."""
+
+
+class ImageError(DeployError):
+    """The image could not be built or pushed."""

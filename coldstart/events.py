@@ -102,6 +102,15 @@ class WorkerReady(NamedTuple):
     seconds: float
 
 
+class WorkerWoke(NamedTuple):
+    """The platform froze this process and it goes on now; ``kind`` is ``thawed`` or ``platform`` (its own snapshot)."""
+
+    name: str
+    kind: str
+    reason: str
+    seconds: float
+
+
 class WorkerFailed(NamedTuple):
     """The worker could not start."""
 
@@ -198,6 +207,7 @@ if TYPE_CHECKING:
         | PhaseSlow
         | FellBack
         | WorkerReady
+        | WorkerWoke
         | WorkerFailed
         | StateChanged
         | CaptureBegan

@@ -29,6 +29,7 @@ class Loops:
         self._attached = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._private = False
+        self._thread: threading.Thread | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the loop that serves. The first one stays as long as it runs."""
@@ -87,15 +88,19 @@ class Loops:
         import asyncio
 
         loop = asyncio.new_event_loop()
-        threading.Thread(target=_run_private, args=(loop,), name="coldstart-loop", daemon=True).start()
+        self._thread = threading.Thread(target=_run_private, args=(loop,), name="coldstart-loop", daemon=True)
+        self._thread.start()
         self._private = True
         self.attach(loop)
 
-    def close(self) -> None:
-        """Stop the private loop, if there is one. Safe to call twice."""
-        if self._private and self._loop is not None:
+    def close(self, wait_seconds: float = 0.0) -> None:
+        """Stop the private loop, if there is one, and wait for its thread so long. The next async hook makes another."""
+        if self._private and self._loop is not None and self._thread is not None:
             self._private = False
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(wait_seconds)
+            self._loop = None
+            self._attached.clear()
 
 
 def _run_private(loop: asyncio.AbstractEventLoop) -> None:

@@ -185,6 +185,16 @@ class Timeline:
         """Add a span that was measured elsewhere, by the same clock."""
         self._spans.append(span)
 
+    def restart(self) -> tuple[Span, ...]:
+        """Begin anew: the clock's zero is now, and the spans so far are taken away and returned.
+
+        For a process that its platform froze: clocks jump over the time in between.
+        """
+        spans, self._spans = self.spans(), []
+        zero_seconds = time.monotonic()
+        self.clock = lambda: time.monotonic() - zero_seconds
+        return spans
+
     def spans(self) -> tuple[Span, ...]:
         """What is recorded so far, by beginning; of two that began together the longer one first."""
         return tuple(sorted(self._spans, key=lambda span: (span.began_seconds, -span.ended_seconds)))

@@ -7,7 +7,6 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from coldstart.early import NO_STORE, Early, Opener, Services, restoration_of, s
 from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
-from coldstart.metrics import Span, Timeline
 from coldstart.resnapshot import marks_of
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from coldstart.frameworks import Survey
     from coldstart.loops import Loops
     from coldstart.manifest import KeyRecord
+    from coldstart.metrics import Timeline
     from coldstart.repository import Lookup
     from coldstart.restore import Restoration, Restored
 
@@ -168,7 +167,7 @@ class Parts:
         except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation, so load answers any failure of it
             self._fall_back(part, "restore", events.error_text(error))
             restored = None
-        self._record_spans(part.restoration)
+        part.restoration.put_on(self._timeline)
         if restored is None:
             if self._services.pinned.get(part.snapshot):
                 raise StateMismatchError(
@@ -296,16 +295,12 @@ class Parts:
         part.kind, part.reason = "fallback", reason
         self._services.bus.publish(events.FellBack(part.snapshot, stage, reason))
 
-    def _record_spans(self, restoration: Restoration) -> None:
-        """Put the restoration's stretches on the timeline, by its clock."""
-        offset = self._timeline.clock() - time.monotonic()
-        began, found = restoration.began_monotonic_seconds, restoration.found_monotonic_seconds
-        ended = restoration.ended_monotonic_seconds
-        self._timeline.record(Span("look up", "fetch", began + offset, (found or ended) + offset))
-        if found and ended >= found:
-            self._timeline.record(Span("fetch", "fetch", found + offset, ended + offset))
-
     # --- after ready -------------------------------------------------------------------------------------------------
+
+    def renew(self, services: Services) -> None:
+        """After a freeze: settings and credentials of now, and a new connection to the store."""
+        self._services = services
+        self.open_repository.let_go(services.settings)
 
     @property
     def encoding(self) -> Encoding:

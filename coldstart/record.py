@@ -4,33 +4,55 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.metrics import process_start_seconds
+from coldstart.metrics import ProcessStart, process_start_seconds
 from coldstart.planning import versions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from coldstart.definition import Definition
-    from coldstart.metrics import Timeline
+    from coldstart.metrics import Span, Timeline
     from coldstart.parts import Part, Parts
     from coldstart.warmup import PhaseRecord, WarmupReport
 
 RECORD_FORMAT = 1
 
 
+class Woken(NamedTuple):
+    """A freeze of the process by its platform: the start kind that it makes, and what was there before it.
+
+    ``before``: the record of the start that was ready then, {} if it was not; ``spans``: what was on the timeline.
+    """
+
+    kind: str
+    reason: str
+    before: Mapping[str, Any]
+    spans: tuple[Span, ...]
+
+
 def start_record(
-    definition: Definition, parts: Parts, phases: Sequence[PhaseRecord], timeline: Timeline, report: WarmupReport
+    definition: Definition,
+    parts: Parts,
+    phases: Sequence[PhaseRecord],
+    timeline: Timeline,
+    report: WarmupReport,
+    woken: Woken | None = None,
 ) -> dict[str, Any]:
-    """Describe a start that has just become ready. Times are seconds since the process began, sizes bytes."""
-    start = process_start_seconds()
+    """Describe a start that has just become ready. Times are seconds since the process began, sizes bytes.
+
+    Where the platform woke a frozen process, they are seconds since then; ``amortised`` has what lay before, which the
+    platform's snapshot pays for once, and ``own_kind`` what the start was without the platform.
+    """
+    start = ProcessStart(timeline.clock(), 0.0, "platform") if woken else process_start_seconds()
     info = parts.device.info()
     return {
         "format": RECORD_FORMAT,
         "name": definition.name,
-        "kind": parts.kind,
-        "reason": parts.reason,
+        "kind": woken.kind if woken else parts.kind,
+        "own_kind": parts.kind,
+        "reason": parts.reason or (woken.reason if woken else ""),
         "recovered_by": _first(part.restored.recovered_by for part in parts.parts if part.restored),
         "rung": _first(
             part.restored.manifest.rung for part in parts.parts if part.restored and part.kind == "restored"
@@ -49,20 +71,53 @@ def start_record(
             }
             for phase in phases
         ],
-        "spans": [
-            {
-                **span._asdict(),
-                "began_seconds": _rounded(span.began_seconds),
-                "ended_seconds": _rounded(span.ended_seconds),
-            }
-            for span in timeline.spans()
-        ],
+        "spans": _spans(timeline.spans()),
+        "amortised": _amortised(woken),
         "bytes": _bytes(parts.parts),
         "warmup": {"iterations": report.iterations, "memory_bytes": report.memory_bytes},
         "device": info._asdict(),
         "versions": versions(),
         "pid": os.getpid(),
     }
+
+
+def woken_record(record: Mapping[str, Any], woken: Woken, timeline: Timeline) -> dict[str, Any]:
+    """The record of a ready worker that its platform froze and woke: nothing was fetched and no phase ran again."""
+    return {
+        **record,
+        "kind": woken.kind,
+        "reason": woken.reason,
+        "process_start_source": "platform",
+        "process_start_resolution_seconds": 0.0,
+        "process_start_unix_seconds": round(time.time() - timeline.clock(), 3),
+        "ready_seconds": _rounded(timeline.clock()),
+        "phases": [],
+        "spans": _spans(timeline.spans()),
+        "amortised": _amortised(woken),
+        "bytes": dict.fromkeys(record["bytes"], 0),
+    }
+
+
+def _amortised(woken: Woken | None) -> dict[str, Any] | None:
+    """What lay before a freeze: phases that had run, spans, and the seconds until the worker was ready, if it was."""
+    if woken is None:
+        return None
+    return {
+        "phases": woken.before.get("phases", []),
+        "spans": woken.before.get("spans") or _spans(woken.spans),
+        "ready_seconds": woken.before.get("ready_seconds"),
+    }
+
+
+def _spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    return [
+        {
+            **span._asdict(),
+            "began_seconds": _rounded(span.began_seconds),
+            "ended_seconds": _rounded(span.ended_seconds),
+        }
+        for span in spans
+    ]
 
 
 def _bytes(parts: Sequence[Part]) -> dict[str, int]:

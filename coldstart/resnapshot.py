@@ -133,6 +133,8 @@ class Resnapshot:
 
     def _make(self, plan: Plan, began: float) -> Outcome:
         self._idle(self._idle_seconds)
+        if self._stopping.is_set():
+            return Outcome.none("the worker ended before its state was captured")
         self._check_unchanged(plan)
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)

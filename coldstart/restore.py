@@ -16,6 +16,7 @@ from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreEr
 from coldstart.fetch import FetchRequest, start_threads
 from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
+from coldstart.metrics import Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.base import Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
+    from coldstart.metrics import Timeline
     from coldstart.repository import Lookup, Repository
 
 
@@ -87,6 +89,7 @@ class Restoration:
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
         self._cancelled = False
+        self._is_on_timeline = False
         self._under_way: Fetch | None = None
         self._thread = threading.Thread(target=self._run, name=f"coldstart-restore-{request.name}", daemon=True)
         self._thread.start()
@@ -103,6 +106,22 @@ class Restoration:
             raise self._error
         assert self._outcome is not None
         return self._outcome
+
+    def succeeded(self) -> bool:
+        """Wait for the end, and tell whether the snapshot is in memory."""
+        self._thread.join()
+        return isinstance(self._outcome, Restored)
+
+    def put_on(self, timeline: Timeline) -> None:
+        """Put this restoration's stretches on a timeline, by its clock. Once: a second call does nothing."""
+        if self._is_on_timeline:
+            return
+        self._is_on_timeline = True
+        offset = timeline.clock() - time.monotonic()
+        began, found, ended = self.began_monotonic_seconds, self.found_monotonic_seconds, self.ended_monotonic_seconds
+        timeline.record(Span("look up", "fetch", began + offset, (found or ended) + offset))
+        if found and ended >= found:
+            timeline.record(Span("fetch", "fetch", found + offset, ended + offset))
 
     def cancel(self) -> None:
         """The snapshot is not wanted (its key turned out to be another): stop soon."""

@@ -19,18 +19,22 @@ from typing import TYPE_CHECKING, Any
 
 from coldstart import events
 from coldstart.answering import Answering
+from coldstart.config import load as load_settings
 from coldstart.definition import accepts
+from coldstart.early import early_of
 from coldstart.errors import ColdstartError, ForkError, StartError
 from coldstart.loops import Loops
 from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
 from coldstart.parts import Parts
 from coldstart.planning import plan_captures
-from coldstart.record import start_record
+from coldstart.record import Woken, start_record, woken_record
 from coldstart.resnapshot import Resnapshot
+from coldstart.thaw import reseed
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import asyncio
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from coldstart.config import Settings
@@ -60,6 +64,10 @@ class Worker(Answering):
         self.warmup = WarmupReport((), 0, 0)
         self.timeline = early.timeline if early else Timeline(process_clock())
         self.resnapshot: Resnapshot | None = None
+        self.woken: Woken | None = None
+        """What the platform's last freeze of this process was, if there was one."""
+        self._held = False
+        self._told_to_stop = False
         self._parts: Parts | None = None
         self._plans: list[Plan] = []
         self._no_capture_reason = ""
@@ -71,6 +79,7 @@ class Worker(Answering):
         self._error: BaseException | None = None
         self._error_trace: TracebackType | None = None
         self._start_thread = 0
+        self._starter: threading.Thread | None = None
         self._after: threading.Thread | None = None
 
     # --- the gate ----------------------------------------------------------------------------------------------------
@@ -79,7 +88,9 @@ class Worker(Answering):
         """Begin the start, unless it is under way or over."""
         if not self._become("starting", only_from=("new",)):
             return
-        threading.Thread(target=self._run_start, name=f"coldstart-start-{self.definition.name}", daemon=True).start()
+        name = f"coldstart-start-{self.definition.name}"
+        self._starter = threading.Thread(target=self._run_start, name=name, daemon=True)
+        self._starter.start()
 
     def wait(self) -> Worker:
         """Begin if need be, and wait until the worker is ready. Raises what made the start fail, StartError once closed."""
@@ -163,8 +174,8 @@ class Worker(Answering):
         if not self._become("ready", only_from=("starting",)):
             self._end(made=True)  # closed meanwhile
             return
-        self._after = threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True)
-        self._after.start()
+        if not self._held:
+            self._begin_after()
         self._release()
 
     def _start(self) -> None:
@@ -180,7 +191,7 @@ class Worker(Answering):
         parts = Parts(definition, self._services, self.timeline, self._early, self._loops)
         events.bus.publish(events.StartBegan(name, parts.key_digest, self.timeline.clock()))
         state = phases.run("weight_load", parts.load_state)
-        self.kind = parts.kind
+        self.kind = self.woken.kind if self.woken else parts.kind
         phases.run("pool_alloc", None, reason="the allocation plan lists no memory beyond the arrays")
         compiled = phases.run(
             "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
@@ -199,7 +210,7 @@ class Worker(Answering):
             seconds = fetched.ended_monotonic_seconds - fetched.began_monotonic_seconds
             self.metrics.restores.add(transferred_bytes=fetched.fetched_bytes, seconds=seconds)
         self.metrics.cold.add(self.timeline.clock())
-        self.record = start_record(definition, parts, phases.records, self.timeline, report)
+        self.record = start_record(definition, parts, phases.records, self.timeline, report, self.woken)
         events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
 
     def _hook(self, hook: Callable[..., Any] | None, context: Any, state: Any) -> Callable[[], Any] | None:
@@ -226,7 +237,82 @@ class Worker(Answering):
             Span("import handler", "main", began_monotonic_seconds + offset, ended_monotonic_seconds + offset)
         )
 
+    # --- a platform that freezes this process -------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Before ``begin``: go no further than ready (no log lines, record or capture) until ``go_on`` is called."""
+        self._held = True
+
+    def serve_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the loop that serves, for async hooks that run before anything is awaited on it."""
+        self._loops.attach(loop)
+
+    def fetch(self) -> None:
+        """Before ``begin``: bring the snapshot into memory. When this returns, the fetch has left no thread and no connection."""
+        self._early = self._early or early_of(self.definition, self._services)
+        if self._early is not None:
+            self._early.settle()
+            self.timeline = self._early.timeline
+
+    def settle(self) -> None:
+        """Before the platform freezes this process: run ``before_snapshot``, leave no thread and no connection of ours."""
+        hook = self.definition.before_snapshot
+        if self.state == "ready" and hook is not None:
+            self._loops.finish(hook(self.model))
+        self._loops.close(STOP_SECONDS)
+        if self._parts is not None:
+            self._parts.open_repository.let_go()
+        if self._starter is not None:
+            self._starter.join(STOP_SECONDS)
+
+    def wake(self, kind: str, reason: str, changed: Mapping[str, str | None] | None = None) -> None:
+        """After a freeze: new random state, clock, settings and connections, then the user's ``after_restore``.
+
+        ``kind``: ``thawed``, or ``platform`` for the platform's own snapshot. ``changed``: variables that the platform
+        has set (None: removed) meanwhile. A worker that has not started yet starts with what it has fetched.
+        """
+        before = self.timeline.restart()
+        reseed()
+        self._services = self._services._replace(settings=load_settings())
+        if self.state == "ready":
+            assert self._parts is not None
+            self._parts.renew(self._services)
+            self.woken = Woken(kind, reason, self.record, before)
+            self.redo()
+            self.kind, self.record = kind, woken_record(self.record, self.woken, self.timeline)
+        else:
+            self.woken = Woken(kind, reason, {}, before)
+            if self._early is not None:
+                self._early.wake(self._services.settings, changed or {})
+        events.bus.publish(events.WorkerWoke(self.definition.name, kind, reason, self.timeline.clock()))
+
+    def redo(self) -> None:
+        """Run ``after_restore``: the user's connections, ids and clocks are made anew."""
+        hook = self.definition.after_restore
+        if hook is not None and self._parts is not None:
+            with self.timeline.span("after_restore", "phase"):
+                run = self._hook(hook, self._parts.context, self.model)
+                assert run is not None
+                run()
+
+    def go_on(self) -> None:
+        """After ``hold``: do what is left to do after ready."""
+        if self._held and self.state == "ready":
+            self._held = False
+            self._begin_after()
+
+    def write_record(self) -> None:
+        """Store the record as it is now, best effort, in the background."""
+        if self._parts is not None:
+            threading.Thread(
+                target=self._parts.write_record, args=(self.record,), name="coldstart-record", daemon=True
+            ).start()
+
     # --- after ready -------------------------------------------------------------------------------------------------
+
+    def _begin_after(self) -> None:
+        self._after = threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True)
+        self._after.start()
 
     def _after_ready(self) -> None:
         """What must not delay the first answer: logs, the start record, and a new generation if one is due."""
@@ -235,7 +321,7 @@ class Worker(Answering):
         attach_sink(settings)
         assert self._parts is not None
         self._parts.write_record(self.record)
-        if self._plans and self.state == "ready":
+        if self._plans and self.state == "ready" and not self._told_to_stop:
             self.resnapshot = Resnapshot(
                 self._plans,
                 self._parts.open_repository,
@@ -251,7 +337,7 @@ class Worker(Answering):
     def capture_outcomes(self, seconds: float) -> list[Outcome]:
         """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""
         deadline = time.monotonic() + seconds
-        while self._plans and self.resnapshot is None and time.monotonic() < deadline:
+        while self._plans and self.resnapshot is None and not self._told_to_stop and time.monotonic() < deadline:
             time.sleep(0.005)
         if self.resnapshot is None:
             return []
@@ -264,6 +350,12 @@ class Worker(Answering):
         return self._no_capture_reason if not self._plans else ""
 
     # --- the end -----------------------------------------------------------------------------------------------------
+
+    def stop_capture(self) -> None:
+        """Begin no capture, and end the one under way: what it has stored is found by the next. Requests go on."""
+        self._told_to_stop = True
+        if self.resnapshot is not None:
+            self.resnapshot.stop(STOP_SECONDS)
 
     def close(self) -> None:
         """End the worker: stop a capture, run the user's ``close``. Safe to call twice.
@@ -280,8 +372,7 @@ class Worker(Answering):
         self._release()
         if ready and self._after is not None:
             self._after.join(STOP_SECONDS)  # its log lines and the start record are worth that
-        if self.resnapshot is not None:
-            self.resnapshot.stop(STOP_SECONDS)
+        self.stop_capture()
         if not starting:
             self._end(made=ready)
 

@@ -12,10 +12,21 @@ if TYPE_CHECKING:
 
 
 def serve(definition: Definition, handler: Any) -> None:
-    """Serve events on the platform that this process finds itself on, until it ends."""
-    from coldstart.adapters import local
+    """Serve events on the platform that this process finds itself on, until it ends.
 
+    Raises UsageError in a container of Modal, which calls methods of a class and runs no loop of ours.
+    """
     platform = platform_name()
-    if platform != "local":
-        raise UsageError(f"this looks like a worker of {platform}, which this version of coldstart does not serve yet")
-    local.serve(definition, handler)
+    if platform == "runpod":
+        from coldstart.adapters import runpod
+
+        runpod.serve(definition, handler)
+    elif platform == "modal":
+        raise UsageError(
+            "a container of Modal runs no worker loop: deploy the file with `coldstart deploy modal FILE`, or make a class"
+            " of the handler with coldstart.adapters.modal.service(app, handler)"
+        )
+    else:
+        from coldstart.adapters import local
+
+        local.serve(definition, handler)

@@ -7,12 +7,11 @@ loop ends with the input, then waiting for a snapshot that is being made; or wit
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import EventError, HandlerError
+from coldstart.adapters.answers import described, encoded, parsed
 from coldstart.loading import check_event
 
 if TYPE_CHECKING:
@@ -164,26 +163,10 @@ def _serve_line(handler: Any, line: bytes, write: Callable[[str], None]) -> None
         return
     identity: Any = None
     try:
-        event = _parse(line)
+        event = parsed(line, "the line")
         identity = event.get("id") if isinstance(event, dict) else None
-        output = answer_one(handler, check_event(event), lambda item: write(_encoded(id=identity, piece=item)))
-        answer = _encoded(id=identity, output=output)
+        output = answer_one(handler, check_event(event), lambda item: write(encoded(id=identity, piece=item)))
+        answer = encoded(id=identity, output=output)
     except Exception as error:  # noqa: BLE001  the loop's edge
-        answer = _encoded(id=identity, error={"type": type(error).__name__, "message": str(error)})
+        answer = encoded(id=identity, error=described(error))
     write(answer)
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise EventError(f"the line is not JSON: {error}") from error
-
-
-def _encoded(**document: Any) -> str:
-    try:
-        return json.dumps(document, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise HandlerError(
-            f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN"
-        ) from error

@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "one start, one event, the timeline on the screen",
     "serve": "serve events on the platform that this machine is",
     "bench": "cold starts in real processes: ordinary, naive, first, restored",
+    "deploy": "put a handler's file on RunPod or Modal",
     "snapshot": "list, show, verify or delete snapshots",
     "doctor": "what this machine has, lacks, and how to get it",
     "config": "every setting, its value and where it came from",
