@@ -81,11 +81,12 @@ class Bench:
     """The folder, the store and the link that all workers of one link's rate share."""
 
     def __init__(self, folder: Path, link: LimitedLink) -> None:
+        self.bucket = folder.name.lower().replace("_", "-")  # moto keeps what it has from one server to the next
         self.folder = folder
         self.link = link
         self.state_url = ""
         self.settings = {
-            "COLDSTART_STORE": "s3://bench/snapshots",
+            "COLDSTART_STORE": f"s3://{self.bucket}/snapshots",
             "COLDSTART_ENDPOINT_URL": link.url,
             "COLDSTART_REGION": "us-east-1",
             "COLDSTART_ACCESS_KEY_ID": "id",
@@ -103,10 +104,10 @@ class Bench:
         (self.folder / "ordinary.py").write_text(ORDINARY)
         credentials = {"aws_access_key_id": "id", "aws_secret_access_key": "secret"}
         client = boto3.client("s3", endpoint_url=self.link.url, region_name="us-east-1", **credentials)
-        client.create_bucket(Bucket="bench")
+        client.create_bucket(Bucket=self.bucket)
         state = np.random.default_rng(1).integers(0, 256, STATE_MIB << 20, dtype=np.uint8).tobytes()
-        client.put_object(Bucket="bench", Key="state.bin", Body=state)
-        parameters = {"Bucket": "bench", "Key": "state.bin"}
+        client.put_object(Bucket=self.bucket, Key="state.bin", Body=state)
+        parameters = {"Bucket": self.bucket, "Key": "state.bin"}
         self.state_url = client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=86_400)
         client.close()
         document = self._run()

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PIECE_BYTES = 64 << 10
+SLACK_SECONDS = 0.05
+"""Time that a sleep lasted too long and the link may catch up, or its rate would be lower than it says."""
 
 
 class Direction:
@@ -29,9 +31,9 @@ class Direction:
             self.passed_bytes += length_bytes
             now = time.monotonic()
             took = length_bytes / self.bytes_per_second if self.bytes_per_second else 0.0
-            self._free_seconds = max(self._free_seconds, now) + took
+            self._free_seconds = max(self._free_seconds, now - SLACK_SECONDS) + took
             wait_seconds = self._free_seconds - now
-        time.sleep(wait_seconds)
+        time.sleep(max(0.0, wait_seconds))
 
 
 class LimitedLink:

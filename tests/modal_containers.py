@@ -94,9 +94,8 @@ class Sight(NamedTuple):
 class Container:
     """One container of a function or class: Modal's real entrypoint in a process, which ends with the block.
 
-    It has the files that were uploaded at the deploy, and those alone.
-
-    ``environment``: what the image and the platform set. ``checkpoint``: it is to be snapshotted, then restored.
+    It has the files that were uploaded at the deploy, the image's variables and the secrets, and nothing else of them.
+    ``environment``: further variables. ``checkpoint``: it is to be snapshotted, then restored.
     """
 
     def __init__(
@@ -126,12 +125,11 @@ class Container:
         (self.folder / "arguments").write_bytes(self._arguments(function))
         if self._checkpoint:
             self._plane.rpcs.checkpoints[self.checkpoint_id] = threading.Event()
-        secrets = [self._plane.rpcs.secrets[identity] for identity in function.secret_ids]
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "modal._container_entrypoint"],
                 cwd=self.home,
-                env=self._variables(secrets),
+                env=self._variables(function),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -175,7 +173,8 @@ class Container:
             app_layout=self._deployment.app.layout,
         ).SerializeToString()
 
-    def _variables(self, secrets: list[dict[str, str]]) -> dict[str, str]:
+    def _variables(self, function: api.Function) -> dict[str, str]:
+        rpcs = self._plane.rpcs
         clients = self._plane.environment()
         kept = {name: value for name, value in clients.items() if not name.startswith("MODAL_TOKEN")}
         own = {
@@ -189,8 +188,8 @@ class Container:
                 "MODAL_ENABLE_SNAP_RESTORE": "1",
                 "MODAL_RESTORE_STATE_PATH": str(self.folder / "restore-state.json"),
             }
-        given = {name: value for secret in secrets for name, value in secret.items()}
-        return {**kept, **own, **given, **self._environment}
+        given = [rpcs.image_variables[function.image_id], *(rpcs.secrets[identity] for identity in function.secret_ids)]
+        return {**kept, **own, **{name: text for each in given for name, text in each.items()}, **self._environment}
 
     def __exit__(self, *_: object) -> None:
         assert self._process is not None

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pickle
+import shlex
 import socket
 import threading
 import time
@@ -117,6 +118,8 @@ class _Rpcs:
         """Uploaded files, by digest."""
         self.mounts: dict[str, dict[str, bytes]] = {}
         """Mount id -> path in a container -> file."""
+        self.image_variables: dict[str, dict[str, str]] = {}
+        """Image id -> its environment."""
         self.queues: dict[str, asyncio.Queue[api.FunctionGetInputsItem]] = {}
         self.function_calls: dict[str, FunctionCall] = {}
         self.of_input: dict[str, FunctionCall] = {}
@@ -157,9 +160,17 @@ class _Rpcs:
         app.layout = _layout(app, request)
         return api.AppPublishResponse(url="http://127.0.0.1/deployed", deployed_at=time.time())
 
-    async def ImageGetOrCreate(self, _: Any) -> Any:
+    async def ImageGetOrCreate(self, request: Any) -> Any:
+        identity = self.new("im")
+        below = [self.image_variables[base.image_id] for base in request.image.base_images]
+        set_here = (line for line in request.image.dockerfile_commands if line.startswith("ENV "))
+        pairs = (word.split("=", 1) for line in set_here for word in shlex.split(line)[1:])
+        self.image_variables[identity] = {
+            **{name: text for each in below for name, text in each.items()},
+            **dict(pairs),
+        }
         metadata = api.ImageMetadata(image_builder_version="2025.06")
-        return api.ImageGetOrCreateResponse(image_id=self.new("im"), result=_DONE, metadata=metadata)
+        return api.ImageGetOrCreateResponse(image_id=identity, result=_DONE, metadata=metadata)
 
     async def MountBatchedCheckExistence(self, request: Any) -> Any:
         missing = [digest for digest in request.sha256_hex_hashes if digest not in self.files]

@@ -155,7 +155,7 @@ def test_the_tag_is_the_contents(image, tmp_path):
 
 
 def test_docker_builds_and_pushes_once(image, docker, capfd):
-    """docker gets platform, tag and build arguments, then pushes; its words go to standard error, not to the result."""
+    """Docker gets platform, tag and build arguments, then pushes; its words go to standard error, not to the result."""
     reference = build_and_push(image, "ghcr.io/me/minilm")
     assert re.fullmatch("ghcr.io/me/minilm:[0-9a-f]{16}", reference)
     (asked, _), (build, names), (push, _) = docker.calls

@@ -24,7 +24,7 @@ import socket
 import modal
 
 app = modal.App("raw")
-image = modal.Image.debian_slim()
+image = modal.Image.debian_slim().env({"SHAPE": "a 'b' c"}).pip_install("numpy")
 
 @app.cls(
     image=image,
@@ -56,7 +56,7 @@ class Model:
             raise ValueError("too small")
         if x == 99:
             os._exit(3)
-        return {"x": 2 * x, "seen": self.seen, "own": os.environ["OWN"]}
+        return {"x": 2 * x, "seen": self.seen, "own": os.environ["OWN"] + os.environ["SHAPE"]}
 
     @modal.method()
     def count(self, n):
@@ -137,7 +137,11 @@ def test_checkpoint_and_restore(plane: Plane, raw: Deployment) -> None:
         second = container.restore(stored="second")
         deployed = model(client, raw)
         answer = deployed.run.remote(3)
-        assert answer == {"x": 6, "seen": [("before", first, "first"), ("after", second, "second")], "own": "own"}
+        assert answer == {
+            "x": 6,
+            "seen": [("before", first, "first"), ("after", second, "second")],
+            "own": "owna 'b' c",
+        }
         assert deployed.run.spawn(4).get(timeout=30)["x"] == 8
         assert list(deployed.count.remote_gen(3)) == [0, 1, 2]
         with pytest.raises(ValueError, match="too small"):

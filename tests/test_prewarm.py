@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -186,42 +188,29 @@ def test_one_that_is_late_frees_its_place_when_it_ends():
     assert (late.status, following.status) == (TIMED_OUT, DONE)
 
 
-class Interrupting:
-    """A clock whose reading in the main thread raises Ctrl-C, each time that it was told to."""
-
-    def __init__(self):
-        self.due = 0
-
-    def __call__(self):
-        if self.due and threading.current_thread() is threading.main_thread():
-            self.due -= 1
-            raise KeyboardInterrupt
-        return time.monotonic()
+def ctrl_c():
+    """What a terminal sends, to the thread that hears it."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
-def interrupted(work, times):
-    """The report of a run of two warm-ups, one at a time, of which the first is interrupted."""
-    clock = Interrupting()
-
-    def interrupting(ticket):
-        clock.due = times
-        return work(ticket)
-
-    tasks = [Task("active", interrupting), Task("waiting", work)]
-    # The first limit wakes the main thread, which then finds itself interrupted.
-    return run_all(tasks, max_concurrent=1, timeout_seconds=0.05, stop_seconds=5.0, clock=clock)
+def interrupted(work):
+    """The report of a run of two warm-ups, one at a time, of which the first one's work interrupts it."""
+    tasks = [Task("active", work), Task("waiting", work)]
+    return run_all(tasks, max_concurrent=1, timeout_seconds=LONG_SECONDS, stop_seconds=LONG_SECONDS)
 
 
-def test_ctrl_c_begins_nothing_more_and_lets_what_is_active_end():
-    """What is active hears of it through its ticket or is finished; what waited is cancelled; the report says so."""
+def test_ctrl_c_lets_what_is_active_end_and_begins_nothing_more():
+    """What is active may finish; what waited is cancelled; the report says that it was interrupted."""
     begun = []
 
     def work(ticket):
         begun.append(1)
-        threading.Event().wait(0.2)
+        ctrl_c()
+        with pytest.raises(Stopped):
+            ticket.wait(LONG_SECONDS)
         return "finished"
 
-    report = interrupted(work, 1)
+    report = interrupted(work)
     active, waiting = report.outcomes
     assert (active.status, active.result) == (DONE, "finished")
     assert (waiting.status, waiting.reason) == (CANCELLED, "interrupted before it began")
@@ -230,10 +219,29 @@ def test_ctrl_c_begins_nothing_more_and_lets_what_is_active_end():
     assert not report.good
 
 
+def test_what_ctrl_c_stopped_is_cancelled():
+    """A warm-up that lets its ticket's word pass is cancelled, not failed."""
+
+    def work(ticket):
+        ctrl_c()
+        ticket.wait(LONG_SECONDS)
+
+    active, _ = interrupted(work).outcomes
+    assert (active.status, active.reason) == (CANCELLED, "interrupted")
+
+
 def test_a_second_ctrl_c_waits_for_nobody():
     """What is active is left behind and reported as cancelled."""
     release = threading.Event()
-    report = interrupted(lambda _ticket: release.wait(LONG_SECONDS), 2)
+
+    def work(ticket):
+        ctrl_c()
+        with suppress(Stopped):
+            ticket.wait(LONG_SECONDS)
+        ctrl_c()
+        release.wait(LONG_SECONDS)
+
+    report = interrupted(work)
     release.set()
     assert report.interrupted
     assert [outcome.status for outcome in report.outcomes] == [CANCELLED, CANCELLED]

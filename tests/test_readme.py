@@ -19,6 +19,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, re.DOTALL))
 COMMANDS = re.findall(r"^    ((?:coldstart|pip|export|python) .*)$", README, re.MULTILINE)
 INPUTS = {"embed.py": {"texts": ["a"]}, "centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a"}
+CHANGES = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+"""What changes in a file that comes from a platform's own SDK: RunPod's, then Modal's."""
 INSTALLS = ['pip install -e ".[demo]" && coldstart bench handlers/minilm.py', 'pip install -e ".[test]" && pytest']
 
 
@@ -70,6 +72,47 @@ def test_the_three_line_handler_restores_unchanged_and_offline(tmp_path: Path) -
     assert (first["start"]["kind"], second["start"]["kind"]) == ("cold", "restored")
     assert second["start"]["rung"] == "files"
     assert second["output"] == first["output"]
+
+
+def sides(change: str) -> tuple[str, str]:
+    """The file before and after a change."""
+    lines = change.splitlines()
+    assert all(line[:1] in ("-", "+", " ", "") for line in lines)
+    before, after = ("\n".join(line[1:] for line in lines if line[:1] != other) + "\n" for other in "+-")
+    return before, after
+
+
+def test_a_handler_that_comes_from_runpod_answers_as_before(tmp_path: Path) -> None:
+    """The file before the change answers under RunPod's SDK as the file after it does here."""
+    pytest.importorskip("runpod")
+    before, after = sides(CHANGES[0])
+    (tmp_path / "before.py").write_text(before)
+    (tmp_path / "after.py").write_text(after)
+    event = {"id": "one", "input": [0.5] * 64}
+    old = run([sys.executable, "before.py", "--test_input", json.dumps(event)], tmp_path)
+    assert old.returncode == 0, old.stderr
+    command = [sys.executable, "-m", "coldstart", "run", "after.py", "--input", json.dumps(event["input"]), "--json"]
+    new = json.loads(run(command, tmp_path).stdout)
+    assert f"'nearest': {new['output']['nearest']}" in old.stdout.replace('"', "'")
+    again = json.loads(run(command, tmp_path).stdout)
+    assert (again["start"]["kind"], again["output"]) == ("restored", new["output"])
+
+
+def test_a_class_that_comes_from_modal_answers_as_before(tmp_path: Path) -> None:
+    """The class before the change answers under Modal's SDK as the handler after it does here, and Modal would find it."""
+    pytest.importorskip("modal")
+    before, after = sides(CHANGES[1])
+    (tmp_path / "before.py").write_text(before)
+    (tmp_path / "after.py").write_text(after)
+    old = run([sys.executable, "-c", "import before; print(before.Nearest().nearest.local([0.5] * 64))"], tmp_path)
+    assert old.returncode == 0, old.stderr
+    command = [sys.executable, "-m", "coldstart", "run", "after.py", "--input", json.dumps([0.5] * 64), "--json"]
+    new = run(command, tmp_path)
+    assert new.returncode == 0, new.stderr
+    assert json.loads(new.stdout)["output"] == int(old.stdout)
+    assert json.loads(run(command, tmp_path).stdout)["start"]["kind"] == "restored"
+    deployed = run([sys.executable, "-m", "coldstart", "deploy", "modal", "after.py", "--dry-run"], tmp_path)
+    assert "modal deploy" in deployed.stdout, deployed.stderr
 
 
 def test_the_tests_block_passes(tmp_path: Path) -> None:
