@@ -85,7 +85,10 @@ SETTINGS: tuple[Setting, ...] = (
         "the least severe events that are logged",
     ),
     _setting(
-        "codec", kinds.choice("auto", "raw", "zstd"), "auto", "how chunks are stored; auto: by a sample of each segment"
+        "codec",
+        kinds.choice("auto", "raw", "zstd", "planes+zstd"),
+        "auto",
+        "how chunks are stored; auto: by a sample of each segment",
     ),
     _setting("zstd_level", kinds.whole(1, 19), 1, "effort of the zstd codec"),
     _setting("skip_phases", kinds.phases(), (), "phases of a start to leave out"),

@@ -61,7 +61,7 @@ class Kind:
 
 def choice(*words: str) -> Kind:
     """One of ``words``, in any case."""
-    return Kind("choice", f"one of {', '.join(words)}", "|".join(words), words=words)
+    return Kind("choice", f"one of {', '.join(words)}", "|".join(map(re.escape, words)), words=words)
 
 
 def flag() -> Kind:

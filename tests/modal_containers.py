@@ -94,8 +94,8 @@ class Sight(NamedTuple):
 class Container:
     """One container of a function or class: Modal's real entrypoint in a process, which ends with the block.
 
-    It has the files that were uploaded at the deploy, the image's variables and the secrets, and nothing else of them.
-    ``environment``: further variables. ``checkpoint``: it is to be snapshotted, then restored.
+    It has the files that were uploaded at the deploy, the image's variables and the secrets, and ``environment``.
+    ``checkpoint``: it is to be snapshotted, then restored.
     """
 
     def __init__(

@@ -175,7 +175,7 @@ def stop():
     raise Stop
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "planes+zstd"])
 def test_an_interrupted_capture_goes_on_where_it_ended(repository, store, codec):
     """What an interrupted capture wrote is not sent again, and nothing but blobs is left of it."""
     state = {"w": np.arange(12 * MIB // 8)}
@@ -233,7 +233,7 @@ def test_weights_written_after_their_copy_drop_the_generation(repository, store)
     assert list(store.list("manifests/")) == []
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "planes+zstd"])
 def test_weights_written_while_a_blob_is_sent_do_not_reach_it(clock, codec):
     """Bytes that change under a put under way cannot make a blob that is not what its name says."""
     state = {"w": np.zeros(MIB, np.uint8)}

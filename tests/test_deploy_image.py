@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,15 +113,14 @@ def test_the_requirements_are_the_blocks_and_ours_once(image, tmp_path):
 def test_an_installed_coldstart_needs_what_the_checkout_says(monkeypatch, tmp_path):
     """Read from an installed distribution's metadata, the requirements are those of pyproject.toml."""
     from_checkout = own_requirements()
-    extras = {"s3": [], "runpod": [], "torch": ["torch>=2.6"]}
-    extras["s3"], extras["runpod"] = [from_checkout[-2]], [from_checkout[-1]]
-    lines = [
-        *from_checkout[:-2],
-        *(f"{line} ; extra == '{extra}'" for extra, listed in extras.items() for line in listed),
-    ]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [f"{line}; extra == '{extra}'" for extra in ("torch", "s3", "runpod") for line in extras[extra]]
+    lines = [line.replace(">=1.10.1,<3", "<3,>=1.10.1") for line in lines]
     monkeypatch.setattr(module, "_PACKAGE", str(tmp_path / "site-packages" / "coldstart"))
-    monkeypatch.setattr("importlib.metadata.requires", lambda _: lines)
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: [*lines, *reversed(project["dependencies"])])
     assert own_requirements() == from_checkout
+    assert "runpod<3,>=1.10.1" in from_checkout
 
 
 def test_a_coldstart_from_nowhere_is_told(monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ from coldstart.testing import FakeClock, Fault, FaultyStore
 from tests.generations import arena_of, hash_of, manifest_of, stored_chunks
 
 PATIENCE_SECONDS = 60.0
-CODECS = ("raw", "zstd")
+CODECS = ("raw", "zstd", "planes+zstd")
 PLAIN = bytes(range(256)) * 40
 
 

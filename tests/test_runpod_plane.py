@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -124,6 +126,26 @@ def test_violations_are_found(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="NaN is not JSON"), plane, worker_of(plane, tmp_path, RAW, line):
         plane.queue("nan")
         plane.wait_more("take", 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "violation"),
+    [
+        ("GET", "/v2/endpoint-1/job-take/worker-1?gpu=NVIDIA+GeForce+RTX+4090?job_in_progress=0", "wrong gpu"),
+        ("GET", "/v2/endpoint-1/job-take/$ID?gpu=NVIDIA+GeForce+RTX+4090&job_in_progress=0", "wrong path"),
+        ("GET", "/v2/endpoint-1/nowhere/worker-1", "no path of the plane"),
+        ("POST", "/v2/endpoint-1/job-done/worker-1/job-1?isStream=false", "nobody was given"),
+    ],
+)
+def test_requests_that_the_platform_would_refuse(method: str, path: str, violation: str) -> None:
+    """A request that the real plane would not understand is kept as a violation."""
+    plane = Plane(hold_seconds=0.0)
+    with pytest.raises(AssertionError, match=violation), plane:
+        address = urlsplit(plane.environment()["RUNPOD_WEBHOOK_PING"])
+        connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=10)
+        connection.request(method, path, body=b"{}" if method == "POST" else None)
+        connection.getresponse().read()
+        connection.close()
 
 
 @pytest.mark.parametrize("text", [b'{"a": NaN}', b'{"a": 1, "a": 2}', b"-Infinity", b'"\xff"', b"{'a': 1}", b""])

@@ -54,7 +54,7 @@ def test_a_whole_generation_has_no_findings(manifest, store):
     assert {call.operation for call in watched.calls} == {"get"}
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd", "auto"])
+@pytest.mark.parametrize("codec", ["raw", "zstd", "planes+zstd", "auto"])
 def test_a_captured_generation_has_no_findings(codec):
     """What a capture writes passes, whatever its codec."""
     store = MemoryStore()

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import modal
 
+from coldstart.adapters.answers import encoded, parsed
 from coldstart.config import environment_now, load, read_variable
 from coldstart.definition import CLASS_METHODS, code_of, definition_of, kind_of_code
-from coldstart.errors import HandlerError
+from coldstart.errors import EventError, HandlerError
 from coldstart.loading import check_event
 from coldstart.registry import begin_early, enter_serving, worker_for
 from coldstart.terms import MODAL_SNAPSHOTS
@@ -249,20 +250,28 @@ def _web(get_handler: Callable[[], Any], kind: str, verb: str) -> Callable[..., 
         return await _answer_web(get_handler(), kind, event)
 
     async def get(self: Any, input: str) -> Any:  # noqa: A002, ARG001
-        import json
-
-        return await _answer_web(get_handler(), kind, {"input": json.loads(input)})
+        return await _answer_web(get_handler(), kind, input)
 
     chosen: Callable[..., Any] = post if verb == "POST" else get
     chosen.__annotations__ = {"event": dict} if verb == "POST" else {"input": str}
     return chosen
 
 
-async def _answer_web(handler: Any, kind: str, event: Any) -> Any:
-    import asyncio
-    import json
+def _web_event(given: Any) -> dict[str, Any]:
+    """The event of a request: its document, or the JSON text of its input. What is neither is answered with status 400."""
+    from fastapi import HTTPException
 
-    event = {"id": modal.current_input_id() or "", **check_event(event)}
+    try:
+        event = {"input": parsed(given.encode(), "the input")} if isinstance(given, str) else given
+        return {"id": modal.current_input_id() or "", **check_event(event)}
+    except EventError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+async def _answer_web(handler: Any, kind: str, given: Any) -> Any:
+    import asyncio
+
+    event = _web_event(given)
     if kind == "sync":
         return {"output": await asyncio.to_thread(handler, event)}
     if kind == "async":
@@ -273,11 +282,11 @@ async def _answer_web(handler: Any, kind: str, event: Any) -> Any:
 
     async def lines_async() -> Any:
         async for piece in pieces:
-            yield json.dumps({"piece": piece}) + "\n"
+            yield encoded(piece=piece) + "\n"
 
     def lines() -> Any:
         for piece in pieces:
-            yield json.dumps({"piece": piece}) + "\n"
+            yield encoded(piece=piece) + "\n"
 
     return StreamingResponse(lines_async() if kind == "async_generator" else lines(), media_type="application/x-ndjson")
 

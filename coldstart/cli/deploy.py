@@ -11,8 +11,9 @@ PLATFORMS = {"runpod": "RunPod Serverless", "modal": "Modal"}
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the command. A platform's own options are parsed in ``run``, so only the chosen one is imported."""
-    parser = subparsers.add_parser("deploy", help="put a handler's file on a platform", add_help=False)
+    """Register the command. Its words are parsed in ``run``, where the platform is known: only that one is imported."""
+    no_options = {"add_help": False, "prefix_chars": "\0"}  # every word, --help too, is for ``run``
+    parser = subparsers.add_parser("deploy", help="put a handler's file on a platform", **no_options)
     parser.add_argument("words", nargs=argparse.REMAINDER)
     parser.set_defaults(run=run)
 

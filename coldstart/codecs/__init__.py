@@ -16,15 +16,22 @@ if TYPE_CHECKING:
 
     from coldstart.codecs.base import Codec
 
-_CODECS = {"raw": ("coldstart.codecs.raw", "RawCodec"), "zstd": ("coldstart.codecs.zstd", "ZstdCodec")}
+_CODECS = {
+    "raw": ("coldstart.codecs.raw", "RawCodec"),
+    "zstd": ("coldstart.codecs.zstd", "ZstdCodec"),
+    "planes+zstd": ("coldstart.codecs.planes", "PlanesCodec"),
+}
 NAMES = tuple(_CODECS)
 """Every codec of this coldstart, as manifests name them."""
 
 _LEVELLED = ("zstd",)
 """Codecs that take a ``level``."""
 
-_AUTOMATIC = ("zstd",)
+_AUTOMATIC = ("zstd", "planes+zstd")
 """What ``auto`` tries on a sample; ``raw`` needs no trying."""
+
+_OF_NUMBERS = {"planes+zstd": (2, 4)}
+"""Codecs that ``auto`` tries for items of these sizes only."""
 
 _SAMPLE_BYTES = 4 << 20
 _SAMPLE_SLICES = 8
@@ -72,6 +79,8 @@ def choose(sample: memoryview, *, item_bytes: int, setting: str) -> str:
 def _choose_by_sample(slices: Sequence[memoryview], item_bytes: int) -> str:
     best, best_bytes = "raw", _LARGEST_WORTHWHILE_PART * sum(map(len, slices))
     for candidate in _AUTOMATIC:
+        if item_bytes not in _OF_NUMBERS.get(candidate, (item_bytes,)):
+            continue
         stored_bytes = sum(len(codec(candidate).encode(raw, item_bytes=item_bytes)[0]) for raw in slices)
         if stored_bytes < best_bytes:
             best, best_bytes = candidate, stored_bytes

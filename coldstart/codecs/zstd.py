@@ -29,11 +29,11 @@ class ZstdCodec(Codec):
 
     def __init__(self, *, level: int = DEFAULT_LEVEL) -> None:
         self._level = level
-        _zstandard()
+        zstandard_package()
 
     def encode(self, raw: memoryview, *, item_bytes: int) -> tuple[bytes, Mapping[str, int | str]]:  # noqa: ARG002
         """Return the frame; it needs no parameters."""
-        return encode_frame(raw, _zstandard().ZstdCompressor(level=self._level)), {}
+        return encode_frame(raw, zstandard_package().ZstdCompressor(level=self._level)), {}
 
     def decode(
         self,
@@ -58,7 +58,7 @@ def decode_frame(stored: memoryview, target: memoryview) -> None:
 
     What the frame claims is checked before any of it is decoded, and only ``target`` is written to.
     """
-    zstandard = _zstandard()
+    zstandard = zstandard_package()
     try:
         _check_frame(zstandard, stored, len(target))
         # zstd decodes a whole frame straight into a target that fits it: no window, no buffer, and an error of its own
@@ -71,7 +71,8 @@ def decode_frame(stored: memoryview, target: memoryview) -> None:
         raise CodecError(f"a zstd frame gives {filled_bytes} bytes where the manifest says {len(target)}")
 
 
-def _zstandard() -> Any:
+def zstandard_package() -> Any:
+    """The package, imported on first use. Raises CodecError where it is not installed."""
     try:
         import zstandard
     except ImportError as error:

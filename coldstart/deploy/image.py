@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from coldstart.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from coldstart.script import Script
 
@@ -32,6 +32,7 @@ _EXTRAS = ("s3", "runpod")
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", "_deploy", ".*")
 _REPOSITORY = re.compile(r"[a-z0-9][a-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+|[a-z0-9]+([._-]+[a-z0-9]+)*")
+_REQUIREMENT = re.compile(r"([\w.-]+(?:\[[^\]]*\])?)(.*)")
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([\w.-]+)['"]""")
 
 
@@ -124,7 +125,7 @@ def own_requirements(extras: tuple[str, ...] = _EXTRAS) -> tuple[str, ...]:
     project = os.path.join(os.path.dirname(_PACKAGE), "pyproject.toml")
     found = _requirements_of_project(project, extras) if os.path.isfile(project) else ()
     if found:
-        return found
+        return _canonical(found)
     try:
         lines = requires(_DISTRIBUTION) or []
     except PackageNotFoundError as error:
@@ -132,7 +133,13 @@ def own_requirements(extras: tuple[str, ...] = _EXTRAS) -> tuple[str, ...]:
             f"what coldstart needs is not known: neither {project} nor the installed package {_DISTRIBUTION} is there;"
             f" pip install {_DISTRIBUTION}, or give --image"
         ) from error
-    return tuple(requirement for line in lines if (requirement := _wanted(line, extras)))
+    return _canonical(requirement for line in lines if (requirement := _wanted(line, extras)))
+
+
+def _canonical(requirements: Iterable[str]) -> tuple[str, ...]:
+    """Sorted, each with its versions sorted: a build back end writes both in an order of its own."""
+    named = (_REQUIREMENT.fullmatch(each.replace(" ", "")) for each in requirements)
+    return tuple(sorted(f"{each[1]}{','.join(sorted(each[2].split(',')))}" for each in named if each))
 
 
 def _requirements_of_project(path: str, wanted: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coldstart.codecs import NAMES, choose, codec, encoder
+from coldstart.codecs.planes import BLOCK_BYTES, PlanesCodec
 from coldstart.codecs.raw import RawCodec
 from coldstart.codecs.zstd import MAX_WINDOW_BYTES, ZstdCodec
 from coldstart.errors import CodecError, ConfigError
@@ -32,6 +35,11 @@ class TestRaw(CodecContract):
 class TestZstd(CodecContract):
     def make(self):
         return ZstdCodec()
+
+
+class TestPlanes(CodecContract):
+    def make(self):
+        return PlanesCodec()
 
 
 class TestZstdAtAnotherLevel(CodecContract):
@@ -188,3 +196,63 @@ def test_choose_looks_at_the_whole_segment_without_encoding_all_of_it(monkeypatc
     assert choose(memoryview(segment), item_bytes=4, setting="auto") == "zstd"
     assert sum(sizes) == 4 << 20
     assert seen.count(b"\0") >= 6
+
+
+# --- planes ----------------------------------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+
+def bf16_weights(count):
+    """Trained-looking numbers as bfloat16: the upper halves of float32."""
+    numbers = np.random.default_rng(3).normal(0, 0.02, count).astype(np.float32)
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def test_planes_of_bf16_weights_take_two_thirds():
+    """Weights in bfloat16 are stored in at most 0.68 of their bytes, and come back."""
+    raw = bf16_weights(1 << 20)
+    stored, parameters = PlanesCodec().encode(memoryview(raw), item_bytes=2)
+    assert len(stored) <= 0.68 * len(raw)
+    target = bytearray(len(raw))
+    PlanesCodec().decode(memoryview(stored), memoryview(target), item_bytes=2, parameters=parameters)
+    assert target == raw
+
+
+def test_planes_written_by_the_first_version_are_read():
+    """The stored form does not change under its name: bytes written once decode for ever."""
+    raw, stored = ((GOLDEN / f"planes-v1.{part}").read_bytes() for part in ("raw", "stored"))
+    target = bytearray(len(raw))
+    PlanesCodec().decode(memoryview(stored), memoryview(target), item_bytes=2, parameters={"block_bytes": 262144})
+    assert target == raw
+
+
+def test_noise_is_stored_as_it_is():
+    """Planes that do not shrink are stored raw: the table and nothing else is added."""
+    stored, _ = PlanesCodec().encode(memoryview(RANDOM_BYTES), item_bytes=2)
+    blocks = 2 * -(-len(RANDOM_BYTES) // 2 // BLOCK_BYTES)
+    assert len(stored) == len(RANDOM_BYTES) + 4 * blocks
+
+
+@pytest.mark.parametrize("parameters", [{}, {"block_bytes": 0}, {"block_bytes": -1}, {"block_bytes": "262144"}])
+def test_planes_of_an_unknown_block_size_are_refused(parameters):
+    """A manifest without a usable block size is an error, not a guess."""
+    stored, _ = PlanesCodec().encode(memoryview(b"abcd"), item_bytes=2)
+    with pytest.raises(CodecError, match="blocks"):
+        PlanesCodec().decode(memoryview(stored), memoryview(bytearray(4)), item_bytes=2, parameters=parameters)
+
+
+@given(raw=st.binary(max_size=2000), item_bytes=st.sampled_from([1, 2, 4, 8]))
+def test_planes_of_any_bytes_come_back(raw, item_bytes):
+    """Whatever the bytes and the item size, also where the last item is cut off."""
+    stored, parameters = PlanesCodec().encode(memoryview(raw), item_bytes=item_bytes)
+    target = bytearray(len(raw))
+    PlanesCodec().decode(memoryview(stored), memoryview(target), item_bytes=item_bytes, parameters=parameters)
+    assert target == raw
+
+
+def test_auto_takes_planes_for_numbers_only():
+    """For items of two bytes planes win; for items of one byte they are not even tried."""
+    raw = memoryview(bf16_weights(1 << 18))
+    assert choose(raw, item_bytes=2, setting="auto") == "planes+zstd"
+    assert choose(raw, item_bytes=1, setting="auto") != "planes+zstd"

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import threading
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ def before(model):
     note("before_snapshot")
 
 def after(ctx, model):
+    if os.environ.get("FAIL"):
+        raise OSError("cannot wake")
     note("after_restore", ctx)
 
 def close(model):
@@ -202,13 +205,32 @@ class Arena:
 
 
 @pytest.fixture(scope="module")
+def keeping_endpoint(s3_endpoint: str) -> Iterator[str]:
+    """The S3 server again, on a port where connections stay open between requests as those of real stores do."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Keeping(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+    app = DomainDispatcherApplication(create_backend_app)
+    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Keeping)
+    thread = threading.Thread(target=server.serve_forever, name="keeping-s3", daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
 def arena(
-    tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, new_s3_bucket: Callable[[], str]
+    tmp_path_factory: pytest.TempPathFactory, keeping_endpoint: str, new_s3_bucket: Callable[[], str]
 ) -> Iterator[Arena]:
     """The plane and the store of this file's tests; the snapshot of "plain" was made by ``coldstart run``."""
     folder = tmp_path_factory.mktemp("modal")
     with Plane(folder) as plane:
-        arena = Arena(folder, plane, s3_endpoint, new_s3_bucket())
+        arena = Arena(folder, plane, keeping_endpoint, new_s3_bucket())
         arena.project.write(KINDS, "kinds.py")
         start = arena.project.run("--input", '{"x": 1}', target="kinds.py:plain")
         assert (start.kind, start.output, start.capture["published"]) == ("cold", SUM, True)
@@ -337,6 +359,17 @@ def test_streams(serve: Serve, name: str) -> None:
         served.ends_well()
 
 
+def test_web_requests_without_an_event(serve: Serve) -> None:
+    """A request that holds no event is answered with status 400 and what is wrong with it; the next one is served."""
+    with serve("Stream") as served:
+        status, (answer,) = served.post({"n": 2})
+        assert (status, "no input" in answer["detail"]) == (400, True)
+        assert served.post({"input": {"n": 1}}) == (200, [{"piece": 0.0}])
+    with serve("Later") as served:
+        status, (answer,) = served.get("input=nonsense")
+        assert (status, "not JSON" in answer["detail"]) == (400, True)
+
+
 def test_async_handler(serve: Serve) -> None:
     """A coroutine function answers, and its async hooks run."""
     with serve("Later") as served:
@@ -404,6 +437,18 @@ def test_cpu_snapshot(arena: Arena, serve: Serve, bare_threads: int) -> None:
     assert not {"look up", "fetch"} & {span["name"] for span in record["spans"]}
 
 
+def test_store_out_of_reach_before_the_snapshot(arena: Arena, serve: Serve) -> None:
+    """A fetch that failed before the snapshot leaves nothing open, and is made good after it."""
+    with serve("Cpu", checkpoint=True, COLDSTART_ENDPOINT_URL="http://127.0.0.1:1") as served:
+        seen = served.container.wait_checkpoint()
+        assert (seen.connections, seen.children) == ((), 0)
+        served.container.restore(coldstart_endpoint_url=arena.variables["COLDSTART_ENDPOINT_URL"])
+        assert served.model.run.remote({"x": 1}) == SUM
+        served.ends_well()
+    record = arena.record("plain", served.container)
+    assert (record["kind"], record["own_kind"]) == ("platform", "restored")
+
+
 @pytest.mark.parametrize("name", ["LaterCpu", "LaterGpu"])
 def test_snapshot_of_an_async_handler(arena: Arena, serve: Serve, bare_threads: int, name: str) -> None:
     """Async hooks and a store without a snapshot make no difference: nothing of ours runs on at the checkpoint."""
@@ -463,6 +508,17 @@ def test_snapshot_goes_on_in_its_own_task(serve: Serve) -> None:
         served.ends_well()
 
 
+def test_hook_that_fails_after_the_snapshot(arena: Arena, serve: Serve) -> None:
+    """An ``after_restore`` that raises is told to the platform as the task's failure: no input is served half awake."""
+    since = len(arena.plane.calls)
+    with serve("Gpu", checkpoint=True) as served:
+        served.container.wait_checkpoint()
+        served.container.restore(fail="1")
+        served.container.wait_end()
+    assert "cannot wake" in arena.plane.requests("TaskResult")[-1].result.exception
+    assert "FunctionGetInputs" not in arena.plane.names(since)
+
+
 def test_refused_checkpoint(arena: Arena, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container whose checkpoint the platform refuses ends at once, leaving nothing behind that would keep it."""
     monkeypatch.setattr(arena.plane.rpcs, "refuse_checkpoints", True)
@@ -472,21 +528,151 @@ def test_refused_checkpoint(arena: Arena, serve: Serve, monkeypatch: pytest.Monk
 
 # --- deployed by coldstart -----------------------------------------------------------------------------------------------------
 
+SMALL = """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy"]
+# [tool.coldstart]
+# gpu = ["L4", "T4"]
+# max_workers = 2
+# idle_seconds = 88
+# timeout_seconds = 99
+# env = {UNIT = "m"}
+# ///
+import asyncio
+import os
 
-def deployed(arena: Arena, name: str) -> Deployment:
-    """A file of handlers/, deployed by ``coldstart deploy modal``."""
-    folder = arena.plane.folder / name.partition(".")[0]
-    folder.mkdir()
-    shutil.copy(ROOT / "handlers" / name, folder)
-    return deployed_by(arena.plane, ["-m", "coldstart", "deploy", "modal", name], folder, environment=arena.variables)
+import numpy as np
+
+from coldstart import coldstart
+from small_helper import doubled
+
+def load():
+    return {"scale": np.arange(4.0)}
+
+def init(ctx, state):
+    return {**state, "token": ctx.secret("TOKEN"), "unit": os.environ["UNIT"]}
+
+def close(model):
+    print("closed", flush=True)
+
+@coldstart("small", load=load, init=init, close=close, secrets=["TOKEN"], concurrency=2)
+def small(event, model):
+    return [doubled(event["input"]), model["token"], model["unit"], os.environ["MODAL_TASK_ID"]]
+
+@coldstart("small-later", load=load, init=init, close=close, secrets=["TOKEN"])
+async def later(event, model):
+    await asyncio.sleep(0)
+    return [doubled(event["input"]), model["token"]]
+
+@coldstart("small-pieces", load=load, close=close)
+async def pieces(event, model):
+    for value in model["scale"].tolist():
+        yield value + event["input"]
+
+@coldstart("small-form")
+class Form:
+    def load(self):
+        self.scale = load()["scale"]
+
+    def after_restore(self):
+        self.woken = True
+
+    def handle(self, event):
+        return [float(self.scale.sum()) + event["input"], getattr(self, "woken", False)]
+
+    def numbers(self, start):
+        yield from (self.scale + start).tolist()
+
+    def close(self):
+        close(self)
+
+if __name__ == "__main__":
+    coldstart.serve(small)
+"""
+
+
+def deployed(arena: Arena, folder: str, *words: str) -> tuple[Deployment, str]:
+    """What ``coldstart deploy modal`` makes of a file in a folder: the app, and the name of its class."""
+    own = {name: text for name, text in arena.variables.items() if name != "COLDSTART_FILES_FOLDER"}
+    command = ["-m", "coldstart", "deploy", "modal", *words]
+    deployment = deployed_by(arena.plane, command, arena.plane.folder / folder, environment=own)
+    (name,) = deployment.app.layout.class_ids
+    return deployment, name
+
+
+@pytest.fixture(scope="module")
+def small_folder(arena: Arena) -> str:
+    """The folder with SMALL and the module that it imports."""
+    project = Project(arena.plane.folder / "small")
+    project.write(SMALL, "small.py")
+    project.write("def doubled(x):\n    return 2 * x\n", "small_helper.py")
+    return "small"
+
+
+CAPTURE_OFF = {"COLDSTART_CAPTURE": "off"}
+
+
+def test_deployed_function(arena: Arena, small_folder: str) -> None:
+    """The file's block reaches the platform; its modules, secrets and store reach the container, by the deploy alone."""
+    deployment, name = deployed(arena, small_folder, "small.py:small", "--snapshot", "cpu", "--web", "POST")
+    sent = deployment.function(name)
+    assert (deployment.name, name, sorted(sent.method_definitions)) == ("small", "Small", ["run", "web"])
+    assert (sent.checkpointing_enabled, sent.max_concurrent_inputs, sent.timeout_secs) == (True, 2, 99)
+    assert (sent.autoscaler_settings.max_containers, sent.autoscaler_settings.scaledown_window) == (2, 88)
+    (ranked,) = [each.function_data.ranked_functions for each in deployment.app.requests]
+    assert [each.function.resources.gpu_config.gpu_type for each in ranked] == ["L4", "T4"]
+    with serving(arena.plane, deployment, name, environment=CAPTURE_OFF, checkpoint=True) as served:
+        assert served.container.wait_checkpoint().connections == ()
+        task = served.container.restore(token="second")
+        assert served.model.run.remote(3) == [6, "second", "m", task]
+        assert served.post({"input": 4}) == (200, [{"output": [8, "second", "m", task]}])
+        served.ends_well()
+    assert arena.record("small", served.container)["kind"] == "platform"
+
+
+def test_deployed_coroutine_function(arena: Arena, small_folder: str) -> None:
+    """An async handler, without the platform's snapshots."""
+    deployment, name = deployed(arena, small_folder, "small.py:later", "--web", "GET")
+    assert (deployment.name, name) == ("small-later", "SmallLater")
+    with serving(arena.plane, deployment, name, environment=CAPTURE_OFF) as served:
+        assert served.model.run.remote(3) == [6, "first"]
+        assert served.get("input=4") == (200, [{"output": [8, "first"]}])
+        served.ends_well()
+    assert arena.record("small-later", served.container)["kind"] == "cold"
+
+
+def test_deployed_async_generator(arena: Arena, small_folder: str) -> None:
+    """An async generator, with a snapshot of the ready worker."""
+    deployment, name = deployed(arena, small_folder, "small.py:pieces", "--snapshot", "gpu")
+    with serving(arena.plane, deployment, name, environment=CAPTURE_OFF, checkpoint=True) as served:
+        assert served.container.wait_checkpoint().connections == ()
+        served.container.restore()
+        assert list(served.model.run.remote_gen(1.0)) == [1.0, 2.0, 3.0, 4.0]
+        served.ends_well()
+    assert arena.record("small-pieces", served.container)["kind"] == "platform"
+
+
+def test_deployed_class(arena: Arena, small_folder: str) -> None:
+    """A class with a further method, which streams; the first container publishes what the next one restores."""
+    deployment, name = deployed(arena, small_folder, "small.py:Form", "--snapshot", "gpu")
+    for kind in ("cold", "restored"):
+        with serving(arena.plane, deployment, name, checkpoint=True) as served:
+            served.container.wait_checkpoint()
+            served.container.restore()
+            assert served.model.run.remote(1.0) == [7.0, True]
+            assert list(served.model.numbers.remote_gen(1)) == [1.0, 2.0, 3.0, 4.0]
+            served.ends_well()
+        record = arena.record("small-form", served.container)
+        assert (record["kind"], record["own_kind"]) == ("platform", kind), served.container.log
 
 
 def test_deployed_stream(arena: Arena) -> None:
     """``coldstart deploy modal handlers/stream.py``: the file as it is streams on Modal."""
-    deployment = deployed(arena, "stream.py")
-    (name,) = deployment.app.layout.class_ids
-    with serving(arena.plane, deployment, name, environment=arena.variables) as served:
-        words = list(served.model.run.remote_gen({"prompt": "the", "words": 3, "seed": 1}))
+    shutil.copytree(ROOT / "handlers", arena.plane.folder / "handlers")
+    deployment, name = deployed(arena, "handlers", "stream.py")
+    with serving(arena.plane, deployment, name, environment=CAPTURE_OFF) as served:
+        words = [piece["word"] for piece in served.model.run.remote_gen({"prompt": "the", "words": 3, "seed": 1})]
         assert len(words) == 3
         assert served.container.stop() == 0
 
@@ -494,11 +680,16 @@ def test_deployed_stream(arena: Arena) -> None:
 @pytest.mark.demo
 def test_deployed_minilm(arena: Arena) -> None:
     """``coldstart deploy modal handlers/minilm.py``: restored from the store, it embeds like the file run by hand."""
-    start = arena.project.run("--input", '{"texts": ["a"]}', target=str(ROOT / "handlers" / "minilm.py"))
+    event = {"texts": ["a", "b c"]}
+    start = arena.project.run("--input", json.dumps(event), target=str(ROOT / "handlers" / "minilm.py"))
     assert start.capture["published"]
-    deployment = deployed(arena, "minilm.py")
-    (name,) = deployment.app.layout.class_ids
-    with serving(arena.plane, deployment, name, environment=arena.variables) as served:
-        assert served.model.run.remote({"texts": ["a"]}) == start.output
+    shutil.copytree(ROOT / "handlers", arena.plane.folder / "minilm")
+    deployment, name = deployed(arena, "minilm", "minilm.py", "--snapshot", "cpu")
+    with serving(arena.plane, deployment, name, environment=CAPTURE_OFF, checkpoint=True) as served:
+        seen = served.container.wait_checkpoint()
+        assert (seen.connections, seen.children, seen.libcuda) == ((), 0, False)
+        served.container.restore()
+        assert served.model.run.remote(event) == start.output
         assert served.container.stop() == 0
-    assert arena.record("minilm", served.container)["kind"] == "restored"
+    record = arena.record("minilm", served.container)
+    assert (record["kind"], record["own_kind"], record["bytes"]["raw"] > 50e6) == ("platform", "restored", True)
