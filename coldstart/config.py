@@ -25,6 +25,8 @@ DEFAULT, ENVIRONMENT, OVERRIDE = "default", "environment", "override"
 OFF = "off"
 MASK = "****"
 _PREFIX = "COLDSTART_"
+_NOT_SETTINGS = frozenset({"HANDLER"})
+"""Variables of ours that no setting reads: the name of a deployed image's handler, for its command and its platform."""
 
 
 class Source(NamedTuple):
@@ -295,7 +297,7 @@ class UnknownVariable(NamedTuple):
 def unknown_variables(environ: Mapping[str, str] | None = None) -> tuple[UnknownVariable, ...]:
     """The ``COLDSTART_*`` variables that nothing reads, which are most likely misspelt. Sorted by name."""
     environ = os.environ if environ is None else environ
-    known = {setting.variable.removeprefix(_PREFIX) for setting in SETTINGS}
+    known = {setting.variable.removeprefix(_PREFIX) for setting in SETTINGS} | _NOT_SETTINGS
     names = sorted(name.removeprefix(_PREFIX) for name in environ if name.startswith(_PREFIX))
     near = {name: nearest(name, known) for name in names if name not in known}
     return tuple(UnknownVariable(_PREFIX + name, best and _PREFIX + best) for name, best in near.items())

@@ -244,10 +244,10 @@ def test_a_start_that_fails_ends_the_serving():
 
 
 def test_another_platform_is_told(monkeypatch):
-    """On a platform whose adapter is missing, serving says so instead of reading standard input."""
+    """In a container of Modal, which runs no loop of ours, serving says so instead of reading standard input."""
     monkeypatch.setenv("MODAL_IS_REMOTE", "1")
     handler = handler_of(add)
-    with pytest.raises(UsageError, match="this looks like a worker of modal"):
+    with pytest.raises(UsageError, match="a container of Modal runs no worker loop"):
         serve_somewhere(handler.__coldstart__, handler)
 
 

@@ -287,13 +287,12 @@ def test_serve_answers_lines(command, write, monkeypatch):
     assert [json.loads(line) for line in out.splitlines()] == [{"id": 1, "output": 12}, {"id": 2, "error": error}]
 
 
-def test_serve_on_another_platform_is_told(command, write, monkeypatch):
-    """A platform without an adapter is one line, and standard input is left alone."""
-    monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "x")
-    monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "https://x.invalid")
+def test_serve_in_a_container_of_modal_is_told(command, write, monkeypatch):
+    """Modal runs no loop of ours: that is one line with the remedy, and standard input is left alone."""
+    monkeypatch.setenv("MODAL_IS_REMOTE", "1")
     status, out, err = command("serve", write(PLAIN))
     assert (status, out) == (1, "")
-    assert err.startswith("coldstart: UsageError: this looks like a worker of runpod")
+    assert err.startswith("coldstart: UsageError: a container of Modal runs no worker loop: deploy the file with")
     assert err.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -227,3 +228,35 @@ def test_the_dockerfile_serves_the_file_and_uses_each_argument():
     assert command.startswith('exec python -m coldstart serve "${HANDLER_FILE}')
     assert module.DEFAULT_PYTHON in PYTHONS
     assert f"ARG PYTHON={module.DEFAULT_PYTHON}\n" in text
+
+
+TWO_HANDLERS = """import helper
+from coldstart import coldstart
+@coldstart("first", load=lambda: 1)
+def one(event, model): return [helper.NAME, "first", event["input"]]
+@coldstart("second", load=lambda: 2)
+def two(event, model): return [helper.NAME, "second", event["input"]]
+"""
+
+
+def test_what_is_copied_serves_events_by_the_images_command(tmp_path, image):
+    """The context's own coldstart, started by the Dockerfile's command, serves the handler that the variable chooses."""
+    (tmp_path / "handler.py").write_text(TWO_HANDLERS)
+    (tmp_path / "helper.py").write_text("NAME = 'helper'\n")
+    folder, _ = context(image, tmp_path / "context")
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -P "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "empty").mkdir()
+    command = re.search(r"(?m)^CMD (.+)$", (folder / "Dockerfile").read_text())[1]
+    environment = {
+        "PATH": str(python.parent), "HOME": str(tmp_path), "PYTHONPATH": str(folder), "COLDSTART_STORE": "off",
+        "COLDSTART_LOG": "off", "HANDLER_FILE": str(folder / "app" / "handler.py"), "COLDSTART_HANDLER": "second",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env=environment, input='{"id": "1", "input": 7}\n', capture_output=True, text=True,
+        cwd=tmp_path / "empty", timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["output"] == ["helper", "second", 7]

@@ -489,3 +489,19 @@ def test_help_is_told_without_the_other_platform(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--registry", "--dry-run", "--idle-seconds", "FILE[:NAME]"))
     assert "coldstart.deploy.modal" not in sys.modules
+
+
+def test_the_pages_block_and_commands_are_understood(tmp_path, deploying, capsys, monkeypatch):
+    """The block of deploy/runpod/README.md is read, and its deploy commands are ones that this version has."""
+    page = (HANDLERS.parent / "deploy" / "runpod" / "README.md").read_text()
+    block = re.search(r"    # /// script\n.*?    # ///\n", page, re.DOTALL)[0]
+    (tmp_path / "handlers").mkdir()
+    (tmp_path / "handlers" / "minilm.py").write_text(re.sub(r"(?m)^    ", "", block) + CODE)
+    monkeypatch.chdir(tmp_path)
+    assert read_script("handlers/minilm.py").runpod.secrets == {"HF_TOKEN": "hf"}
+    commands = re.findall(r"(?m)^    coldstart (deploy [^#\n]+)", page)
+    main([*commands[2].replace("<tag>", "1").split()])
+    assert len(commands) == 4
+    for command in commands:
+        assert main([*command.replace("<tag>", "1").split(), *([] if "--dry-run" in command else ["--dry-run"])]) == 0
+    assert capsys.readouterr().err == ""

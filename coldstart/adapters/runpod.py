@@ -23,7 +23,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from coldstart.config import load, read_variable, set_variables
-from coldstart.errors import ColdstartError, HandlerError
+from coldstart.errors import ColdstartError, HandlerError, UsageError
 from coldstart.thaw import FreezeWatch
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ def serve(definition: Definition, handler: Any) -> None:
     worker.begin()
     options = read_script(definition.code.co_filename).runpod
     _leave_out_covered_checks(definition)
-    with _no_processor_probe():
-        import runpod.serverless
-    service = _Service(worker, handler, runpod.serverless, options)
+    sdk = _imported_sdk()
+    service = _Service(worker, handler, sdk, options)
     try:
-        runpod.serverless.start(service.config())
+        sdk.start(service.config())
     except asyncio.CancelledError:
         if not service.cut_short:
             raise
@@ -307,6 +306,19 @@ def _checked(result: Any) -> Any:
             f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN"
         ) from error
     return result
+
+
+def _imported_sdk() -> Any:
+    try:
+        with _no_processor_probe():
+            import runpod.serverless
+    except ModuleNotFoundError as error:
+        if error.name != "runpod":
+            raise
+        raise UsageError(
+            "this is a worker of RunPod, and its SDK is missing: pip install 'coldstart-gpu[runpod]'"
+        ) from error
+    return runpod.serverless
 
 
 def _leave_out_covered_checks(definition: Definition) -> None:

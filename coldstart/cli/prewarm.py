@@ -94,14 +94,16 @@ def _priorities(names: Sequence[str], given: Sequence[str]) -> dict[str, int]:
 
 
 def _warmers(options: argparse.Namespace) -> Sequence[Warmer]:
-    from coldstart.deploy import warmers
-    from coldstart.deploy.modal import class_name
-
     inputs, handler = _inputs(options)
     if options.platform == "modal":
+        from coldstart.deploy.modal import class_name
+        from coldstart.deploy.modal_warmers import modal_warmers
+
         named = class_name(handler) if handler else ""
-        return warmers.modal_warmers(options.names, options.count, inputs, class_name=named)
-    return warmers.runpod_warmers(options.names, options.count, inputs, dry_run=options.dry_run)
+        return modal_warmers(options.names, options.count, inputs, class_name=named)
+    from coldstart.deploy.warmers import runpod_warmers
+
+    return runpod_warmers(options.names, options.count, inputs, dry_run=options.dry_run)
 
 
 def _inputs(options: argparse.Namespace) -> tuple[tuple[Any, ...], str]:

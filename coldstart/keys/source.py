@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from coldstart.keys.syntax import Node
 
 _FIXED_NODES = (_ast.Constant, _ast.Tuple, _ast.UnaryOp, _ast.BinOp, _ast.JoinedStr)
-_OUR_FOLDER = os.path.dirname(os.path.realpath(__file__))
+_OUR_FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 
 class Computed:

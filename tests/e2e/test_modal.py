@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import threading
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ pytest.importorskip("modal", reason="needs the modal extra")
 import modal
 
 from coldstart.stores import StoreOptions, open_store
+from tests.keeping_front import keeping_front
 from tests.modal_containers import Container, Deployment, deploy, deployed_by
 from tests.modal_plane import ROOT, Plane
 from tests.starts import Project
@@ -205,32 +205,13 @@ class Arena:
 
 
 @pytest.fixture(scope="module")
-def keeping_endpoint(s3_endpoint: str) -> Iterator[str]:
-    """The S3 server again, on a port where connections stay open between requests as those of real stores do."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import WSGIRequestHandler, make_server
-
-    class Keeping(WSGIRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-    app = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Keeping)
-    thread = threading.Thread(target=server.serve_forever, name="keeping-s3", daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join(30)
-
-
-@pytest.fixture(scope="module")
 def arena(
-    tmp_path_factory: pytest.TempPathFactory, keeping_endpoint: str, new_s3_bucket: Callable[[], str]
+    tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str, new_s3_bucket: Callable[[], str]
 ) -> Iterator[Arena]:
     """The plane and the store of this file's tests; the snapshot of "plain" was made by ``coldstart run``."""
     folder = tmp_path_factory.mktemp("modal")
-    with Plane(folder) as plane:
-        arena = Arena(folder, plane, keeping_endpoint, new_s3_bucket())
+    with keeping_front(s3_endpoint) as endpoint, Plane(folder) as plane:
+        arena = Arena(folder, plane, endpoint, new_s3_bucket())
         arena.project.write(KINDS, "kinds.py")
         start = arena.project.run("--input", '{"x": 1}', target="kinds.py:plain")
         assert (start.kind, start.output, start.capture["published"]) == ("cold", SUM, True)

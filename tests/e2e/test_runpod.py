@@ -23,6 +23,7 @@ from tests.starts import ROOT, Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SOON_SECONDS = 10.0
 """Far below the 20 s for which polls are held where a worker must not wait for them."""
@@ -491,6 +492,15 @@ def test_start_that_fails(new_project: Callable[[], Project], line: Line) -> Non
         (job,) = plane.queue(1)
         assert "the weights are not there" in plane.error(job)
         assert worker.wait(SOON_SECONDS) != 0
+
+
+def test_sdk_that_is_missing(refreshed: Project, tmp_path: Path) -> None:
+    """Without the SDK the worker says at once how to get it, and ends with a status of failure."""
+    (tmp_path / "runpod.py").write_text('raise ModuleNotFoundError("No module named runpod", name="runpod")')
+    line = Line("none", str(tmp_path), "")
+    with Plane() as plane, serve(plane, refreshed, line, "handler.py") as worker:
+        assert worker.wait(SOON_SECONDS) == 1
+        assert "pip install 'coldstart-gpu[runpod]'" in worker.errors
 
 
 LARGE = """
