@@ -67,6 +67,7 @@ _ADDRESS = kinds.text(
     optional=False,
 )
 _FOLDER = kinds.text(kinds.PATH, "an absolute path", optional=False)
+_CACHE = kinds.text(kinds.PATH, "an absolute path")
 _DEVICE = kinds.text("auto|cpu|cuda(:[0-9]{1,2})?", "auto, cpu, cuda or cuda:<number>", optional=False)
 _ENDPOINT = kinds.text(
     r"https?://[A-Za-z0-9._:\[\]-]{1,300}(/[A-Za-z0-9._~/-]*)?", "http(s)://host[:port] without credentials or query"
@@ -117,6 +118,8 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting("start_records", kinds.flag(), True, "write a record of each start to the store"),
     _setting("files_folder", _FOLDER, "{cache}/coldstart-files", "where restored files are placed"),
+    _setting("cache", _CACHE, "", "folder for copies of what s3:// and r2:// stores hold; empty: no copies"),
+    _setting("cache_bytes", kinds.size(1 << 20, 1 << 49), 50 << 30, "how large the cache may grow"),
     _setting("endpoint_url", _ENDPOINT, "", "the S3 endpoint, where it is not Amazon's or R2's own"),
     _setting("region", _REGION, "", "the store's region", also=("AWS_REGION", "AWS_DEFAULT_REGION")),
     _setting("access_key_id", _SECRET, "", "credential of the store", secret=True, also=("AWS_ACCESS_KEY_ID",)),
@@ -148,6 +151,8 @@ class Settings(NamedTuple):
     thaw_seconds: float
     start_records: bool
     files_folder: str
+    cache: str
+    cache_bytes: int
     endpoint_url: str
     region: str
     access_key_id: str

@@ -18,7 +18,7 @@ from coldstart.restore import Request, Restoration
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from coldstart.definition import Definition
     from coldstart.devices.base import Device
@@ -42,10 +42,15 @@ class Services(NamedTuple):
 
 
 class Opener:
-    """Opens the store once, on first use, in whichever thread needs it."""
+    """Opens the store once, on first use, in whichever thread needs it.
 
-    def __init__(self, settings: Settings) -> None:
+    A start gives ``degraded``, and its store is the one with the local cache, whose troubles ``degraded`` is told.
+    Without it every answer is the store's own: a command is to see what is there.
+    """
+
+    def __init__(self, settings: Settings, degraded: Callable[[str], None] | None = None) -> None:
         self._settings = settings
+        self._degraded = degraded
         self._lock = threading.Lock()
         self._repository: Repository | None = None
 
@@ -55,7 +60,9 @@ class Opener:
             if self._repository is None:
                 settings = self._settings
                 options = StoreOptions(*(getattr(settings, field) for field in StoreOptions._fields))
-                self._repository = Repository(open_store(settings.store, options))
+                if self._degraded is None:
+                    options = options._replace(cache="")
+                self._repository = Repository(open_store(settings.store, options, degraded=self._degraded))
             return self._repository
 
     def let_go(self, settings: Settings | None = None) -> None:
@@ -65,6 +72,11 @@ class Opener:
             repository, self._repository = self._repository, None
         if repository is not None:
             repository.store.close()
+
+
+def opener_of_start(name: str, services: Services) -> Opener:
+    """The opener of a start of handler ``name``."""
+    return Opener(services.settings, lambda reason: services.bus.publish(events.StoreDegraded(name, reason)))
 
 
 def snapshot_name(name: str, part: str) -> str:
@@ -152,7 +164,7 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
             keys = key_from_source(sources[0], device_type=device.type, environment=environment.get)
         except KeyUncomputableError as error:
             return None, str(error)
-    opener = Opener(services.settings)
+    opener = opener_of_start(sources[0].name, services)
     restorations = {
         part: restoration_of(snapshot_name(sources[0].name, part), key, opener, device, services)
         for part, key in keys.items()
@@ -167,7 +179,7 @@ def early_of(definition: Definition, services: Services) -> Early | None:
     if not services.uses_store:
         return None
     timeline, environment = Timeline(process_clock()), environment_now()
-    device, opener = pick(services.settings.device), Opener(services.settings)
+    device, opener = pick(services.settings.device), opener_of_start(definition.name, services)
     restorations = {}
     with timeline.span("key from functions"):
         for part in definition.load:

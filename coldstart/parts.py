@@ -16,7 +16,7 @@ from coldstart.config import read_variable
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
-from coldstart.early import NO_STORE, Early, Opener, Services, restoration_of, snapshot_name
+from coldstart.early import NO_STORE, Early, Services, opener_of_start, restoration_of, snapshot_name
 from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
@@ -71,7 +71,7 @@ class Parts:
         self._timeline = timeline
         self._loops = loops
         self.device = pick(services.settings.device)
-        self.open_repository = early.opener if early else Opener(services.settings)
+        self.open_repository = early.opener if early else opener_of_start(definition.name, services)
         self.parts = [self._part(name, early) for name in definition.load]
         self.context = self.parts[0].context
 

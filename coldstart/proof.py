@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 PROOF_SECONDS = 900.0
 """How long a proof may take: a whole start, and the warm-up twice, on a machine that serves at the same time."""
 
-QUIET = {"COLDSTART_CAPTURE": "off", "COLDSTART_START_RECORDS": "off", "COLDSTART_LOG": "off", "COLDSTART_FRESH": "off"}
-"""A proof writes nothing: no generation, no record, no log."""
+QUIET = {
+    "COLDSTART_CAPTURE": "off",
+    "COLDSTART_START_RECORDS": "off",
+    "COLDSTART_LOG": "off",
+    "COLDSTART_FRESH": "off",
+    "COLDSTART_CACHE": "",
+}
+"""A proof writes nothing: no generation, no record, no log; and it reads the store itself, not this host's copies."""
 
 
 class Origin(NamedTuple):

@@ -99,13 +99,14 @@ def woken_record(record: Mapping[str, Any], woken: Woken, timeline: Timeline) ->
 
 
 def _amortised(woken: Woken | None) -> dict[str, Any] | None:
-    """What lay before a freeze: phases that had run, spans, and the seconds until the worker was ready, if it was."""
+    """What lay before a freeze: phases that had run, spans, why it was no plain restore, the seconds until it was ready."""
     if woken is None:
         return None
     return {
         "phases": woken.before.get("phases", []),
         "spans": woken.before.get("spans") or _spans(woken.spans),
         "ready_seconds": woken.before.get("ready_seconds"),
+        "reason": woken.before.get("reason", ""),
     }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import modal
 
-from coldstart.adapters.answers import encoded, parsed
+from coldstart.adapters.answers import described, encoded, parsed
 from coldstart.config import environment_now, load, read_variable
 from coldstart.definition import CLASS_METHODS, code_of, definition_of, kind_of_code
 from coldstart.errors import EventError, HandlerError
@@ -30,7 +30,7 @@ from coldstart.registry import begin_early, enter_serving, worker_for
 from coldstart.terms import MODAL_SNAPSHOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from types import ModuleType
 
     from coldstart.worker import Worker
@@ -272,23 +272,36 @@ async def _answer_web(handler: Any, kind: str, given: Any) -> Any:
     import asyncio
 
     event = _web_event(given)
-    if kind == "sync":
-        return {"output": await asyncio.to_thread(handler, event)}
-    if kind == "async":
-        return {"output": await handler(event)}
-    from fastapi.responses import StreamingResponse
+    if kind in ("generator", "async_generator"):
+        from fastapi.responses import StreamingResponse
 
-    pieces = handler(event)
+        lines = _lines_async(handler(event)) if kind == "async_generator" else _lines(handler(event))
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+    try:
+        output = await (handler(event) if kind == "async" else asyncio.to_thread(handler, event))
+        encoded(output=output)
+    except Exception as error:  # noqa: BLE001  the request's edge: its answer is the error
+        from fastapi.responses import JSONResponse
 
-    async def lines_async() -> Any:
-        async for piece in pieces:
-            yield encoded(piece=piece) + "\n"
+        return JSONResponse({"error": described(error)}, status_code=500)
+    return {"output": output}
 
-    def lines() -> Any:
+
+def _lines(pieces: Any) -> Iterator[str]:
+    """A stream's pieces as lines of JSON; an error is its last line."""
+    try:
         for piece in pieces:
             yield encoded(piece=piece) + "\n"
+    except Exception as error:  # noqa: BLE001  the request's edge: the status has been sent
+        yield encoded(error=described(error)) + "\n"
 
-    return StreamingResponse(lines_async() if kind == "async_generator" else lines(), media_type="application/x-ndjson")
+
+async def _lines_async(pieces: Any) -> AsyncIterator[str]:
+    try:
+        async for piece in pieces:
+            yield encoded(piece=piece) + "\n"
+    except Exception as error:  # noqa: BLE001
+        yield encoded(error=described(error)) + "\n"
 
 
 # --- a container's life ----------------------------------------------------------------------------------------------

@@ -80,6 +80,8 @@ class _Service:
         self._watch = FreezeWatch(settings.thaw_seconds) if settings.thaw_seconds else None
         self._waking: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._has_hook = False
         self._sdk_reports = False
         self._over = False
         self._threads: ThreadPoolExecutor | None = None
@@ -89,6 +91,7 @@ class _Service:
         """What the SDK is given; registers the prestart hook where the SDK has one."""
         register = getattr(self._sdk, "register_prestart_hook", None)
         if register is not None and not read_variable("RUNPOD_REALTIME_PORT"):  # a mode that refuses hooks
+            self._has_hook = True
             register(self._prestart)
         if self._watch is not None:
             self._watch.start()
@@ -179,6 +182,14 @@ class _Service:
             await _job_held(FAILED_START_SECONDS)
             raise
 
+    async def _leave_if_failed(self) -> None:
+        """Where the SDK has no hook: a start that failed ends the worker, also if no job comes that could be told."""
+        try:
+            await self._worker.wait_async()
+        except ColdstartError:
+            await _job_held(FAILED_START_SECONDS)
+            self._give_up()
+
     async def _wait_ready(self) -> None:
         if self._worker.state == "ready":
             return
@@ -215,6 +226,8 @@ class _Service:
         runner = next((task for task in asyncio.all_tasks() if _name_of(task) == _RUNS_JOBS), None)
         if runner is not None:
             self._ending = asyncio.create_task(self._end_with(runner))
+        if not self._has_hook:
+            self._starting = asyncio.create_task(self._leave_if_failed())
         if threading.current_thread() is threading.main_thread():
             before = signal.getsignal(signal.SIGTERM)
 
@@ -316,7 +329,7 @@ def _imported_sdk() -> Any:
         if error.name != "runpod":
             raise
         raise UsageError(
-            "this is a worker of RunPod, and its SDK is missing: pip install 'coldstart-gpu[runpod]'"
+            'this is a worker of RunPod, and its SDK is missing: pip install "coldstart-gpu[runpod]"'
         ) from error
     return runpod.serverless
 

@@ -55,10 +55,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding: platform, settings, device, store, packages."""
+    """Every finding: platform, settings, device, store, cache, packages."""
     yield _python()
     yield from _system()
-    for topic, look in (("settings", _settings), ("device", _device), ("store", _store)):
+    for topic, look in (("settings", _settings), ("device", _device), ("store", _store), ("cache", _cache)):
         try:
             yield from look()
         except ColdstartError as error:
@@ -158,6 +158,27 @@ def _refuses(attempt: Callable[[], Any], error: type[Exception]) -> bool:
     except error:
         return True
     return False
+
+
+def _cache() -> Iterator[Finding]:
+    from coldstart.config import load
+    from coldstart.stores.cache_folder import CacheFolder
+
+    settings = load()
+    if not settings.cache:
+        yield Finding("cache", "ok", "off: COLDSTART_CACHE names a folder for copies of what a remote store holds")
+        return
+    folder = CacheFolder(settings.cache, limit_bytes=settings.cache_bytes)
+    try:
+        folder.prepare()
+        usage = folder.usage()
+    except OSError as error:
+        yield Finding("cache", "problem", f"{settings.cache} cannot be used, so every start asks the store: {error}")
+        return
+    limit = f"{usage.total_bytes / 1e9:.1f} of at most {settings.cache_bytes / 1e9:.1f} GB"
+    yield Finding("cache", "ok", f"{settings.cache}: {usage.copies} copies, {limit}")
+    if not settings.store.startswith(("s3://", "r2://")):
+        yield Finding("cache", "note", f"not used: {settings.store} is no remote store")
 
 
 def _packages() -> Iterator[Finding]:

@@ -35,7 +35,7 @@ class Proven(NamedTuple):
     stored_bytes: int
 
 
-class StillMissingError(DeployError):
+class _NotYet(Exception):  # noqa: N818  a signal between the functions here; at last it is a DeployError
     """What is looked for is not in the store, and may yet come."""
 
 
@@ -54,16 +54,7 @@ def find_proven(
     ``key``: the first digits of the one that is meant, where workers of several keys have started. Waits for what may
     yet come. Raises DeployError, SnapshotError and StoreError for any doubt.
     """
-    deadline_seconds = time.monotonic() + wait_seconds
-    while True:
-        try:
-            refs = _refs_of_worker(repository, name, since_seconds, key)
-            break
-        except StillMissingError as error:
-            if time.monotonic() >= deadline_seconds:
-                raise
-            say(f"waiting: {error}")
-            time.sleep(min(poll_seconds, max(0.0, deadline_seconds - time.monotonic())))
+    refs = _await_refs(lambda: _refs_of_worker(repository, name, since_seconds, key), wait_seconds, poll_seconds, say)
     for _ in range(_MOST_CHANGES):
         stored_bytes = sum(_verified_bytes(repository, ref) for ref in refs)
         again = _refs_of_worker(repository, name, since_seconds, key)
@@ -72,6 +63,24 @@ def find_proven(
             return Proven(found, stored_bytes)
         refs = again  # a newer generation came while the old one was read
     raise DeployError(f"snapshot {name!r} is replaced again and again while it is verified: try again when it rests")
+
+
+def _await_refs(
+    look: Callable[[], list[Ref]], wait_seconds: float, poll_seconds: float, say: Callable[[str], None]
+) -> list[Ref]:
+    """What ``look`` finds, as soon as it does. Raises DeployError when the time is over, with what was missing last."""
+    deadline_seconds = time.monotonic() + wait_seconds
+    told = ""
+    while True:
+        try:
+            return look()
+        except _NotYet as error:
+            if time.monotonic() >= deadline_seconds:
+                raise DeployError(str(error)) from error
+            if str(error) != told:
+                told = str(error)
+                say(f"waiting: {told}")
+            time.sleep(min(poll_seconds, max(0.0, deadline_seconds - time.monotonic())))
 
 
 def _verified_bytes(repository: Repository, ref: Ref) -> int:
@@ -94,10 +103,10 @@ def _verified_bytes(repository: Repository, ref: Ref) -> int:
 
 
 def _refs_of_worker(repository: Repository, name: str, since_seconds: float, key: str) -> list[Ref]:
-    """The refs of all parts of the worker's state, in the order of their names. Raises StillMissingError and DeployError."""
+    """The refs of all parts of the worker's state, in the order of their names. Raises _NotYet and DeployError."""
     records = list(_records(repository, name, since_seconds))
     if not records:
-        raise StillMissingError(
+        raise _NotYet(
             f"no worker of {name!r} has written a start record into {repository.store.url} since the pod started: wait"
             " until it is ready; is this its handler and its store, and are COLDSTART_START_RECORDS on?"
         )
@@ -107,7 +116,7 @@ def _refs_of_worker(repository: Repository, name: str, since_seconds: float, key
     refs = []
     for digest in digests.split():
         if digest not in there:
-            raise StillMissingError(
+            raise _NotYet(
                 f"snapshot {name!r} has no generation for key {digest} yet: its worker makes one after its warm-up, and its"
                 " log says why if it cannot"
             )
@@ -121,7 +130,7 @@ def _one_key(records: list[dict[str, Any]], name: str, key: str) -> str:
     if key:
         found = [each for each in found if any(digest.startswith(key) for digest in each.split())]
         if not found:
-            raise StillMissingError(f"no worker of {name!r} with key {key!r} has started since the pod did")
+            raise _NotYet(f"no worker of {name!r} with key {key!r} has started since the pod did")
     if len(found) > 1:
         raise DeployError(
             f"workers of {name!r} with different keys have started since the pod did ({', '.join(found)}), and nothing says"
@@ -135,13 +144,13 @@ def _one_key(records: list[dict[str, Any]], name: str, key: str) -> str:
 
 
 def _checked(ref: Ref | ManifestError, records: list[dict[str, Any]]) -> Ref:
-    """The ref, if it is what the worker started from or has made since. Raises ManifestError, StillMissingError."""
+    """The ref, if it is what the worker started from or has made since. Raises ManifestError, _NotYet."""
     if isinstance(ref, ManifestError):
         raise ref
     restored = [record for record in records if record.get("own_kind", record.get("kind")) == "restored"]
     began_seconds = min(float(record["process_start_unix_seconds"]) for record in records)
     if not restored and ref.updated_seconds < began_seconds - CLOCKS_SECONDS:
-        raise StillMissingError(
+        raise _NotYet(
             f"the generation {ref.generation} of {ref.name!r} is older than the worker, which could not start from it, and"
             " has not made another yet; its log says why if it cannot"
         )

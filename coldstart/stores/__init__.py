@@ -1,7 +1,8 @@
 """Snapshot stores: one address opens one store, and only the code of that store is imported.
 
 ``open_store`` is the one place that knows every kind of store. A store reached over a network comes wrapped in
-``retrying.RetryingStore``; a local one answers or fails at once and needs no wrapper.
+``retrying.RetryingStore`` and, if asked for, in ``cached.CachedStore``; a local one answers or fails at once and needs
+no wrapper.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from coldstart.errors import StoreSetupError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coldstart.stores.base import Store
 
 SCHEMES = ("file", "s3", "r2", "memory")
@@ -23,7 +26,8 @@ class StoreOptions(NamedTuple):
     """What an address leaves open. "" is unset: the store's own default, for credentials the usual AWS chain.
 
     ``endpoint_url``: an S3-compatible server instead of AWS. ``r2_account_id`` gives the endpoint of ``r2://``
-    addresses. The two keys come together or not at all. The repr masks them; a pickle holds them.
+    addresses. The two keys come together or not at all. The repr masks them; a pickle holds them. ``cache``: a folder for
+    copies of what remote stores hold, at most ``cache_bytes`` of them; see ``stores.cached``.
     """
 
     endpoint_url: str = ""
@@ -32,6 +36,8 @@ class StoreOptions(NamedTuple):
     secret_access_key: str = ""
     session_token: str = ""
     r2_account_id: str = ""
+    cache: str = ""
+    cache_bytes: int = 50 << 30
 
     def __repr__(self) -> str:
         shown = self._replace(
@@ -43,11 +49,17 @@ class StoreOptions(NamedTuple):
         return f"StoreOptions({pairs})"
 
 
-def open_store(url: str, options: StoreOptions = StoreOptions()) -> Store:  # noqa: B008  a frozen value
+def open_store(
+    url: str,
+    options: StoreOptions = StoreOptions(),  # noqa: B008  a frozen value
+    *,
+    degraded: Callable[[str], None] | None = None,
+) -> Store:
     """Open the store at ``url``. No request is made and no folder created before the first operation.
 
     ``memory://NAME`` (shared by name within the process), ``file:///folder`` or a plain path, ``s3://bucket/prefix``,
-    ``r2://bucket/prefix``. Raises StoreSetupError for an address or options that cannot be used.
+    ``r2://bucket/prefix``. ``degraded`` is told, in any thread, what of the local cache had to be given up.
+    Raises StoreSetupError for an address or options that cannot be used.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -59,7 +71,7 @@ def open_store(url: str, options: StoreOptions = StoreOptions()) -> Store:  # no
 
         return MemoryStore.shared(rest)
     if scheme in ("s3", "r2"):
-        return _open_remote(url, options)
+        return _cached(_open_remote(url, options), options, degraded)
     # The address is not repeated: what follows an unknown scheme may hold a password.
     raise StoreSetupError(
         f"unknown store scheme {scheme!r}: use {', '.join(f'{known}://' for known in SCHEMES)} or the path of a folder"
@@ -89,3 +101,11 @@ def _open_remote(url: str, options: StoreOptions) -> Store:
     from coldstart.stores.s3 import S3Store
 
     return RetryingStore(S3Store(locate(url, options), options))
+
+
+def _cached(store: Store, options: StoreOptions, degraded: Callable[[str], None] | None) -> Store:
+    if not options.cache:
+        return store
+    from coldstart.stores.cached import CachedStore
+
+    return CachedStore(store, options.cache, limit_bytes=options.cache_bytes, degraded=degraded)

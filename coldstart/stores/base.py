@@ -10,6 +10,8 @@ Promised by every store:
   AccessDeniedError, StoreSetupError, and StoreTransientError for what may pass. A store never retries by itself
   (``stores.retrying`` does), so one call is one attempt.
 - Calls are safe from several threads at once.
+- Whoever reads a blob verifies it against its name, and reads it again if it is wrong. So a store that answers from
+  copies of its own need not hash the first read of a blob, and hashes a copy before it answers a repeated one with it.
 
 Not promised: that listing is fast or fresh (a restore never lists), ordering between objects, anything about a
 ``put`` whose answer was lost: it may have taken effect, and raises StoreTransientError.

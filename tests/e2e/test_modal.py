@@ -57,7 +57,7 @@ def load():
         raise RuntimeError("no weights here")
     return {"scale": np.arange(64, dtype=np.float32)}
 
-def init(ctx, state):
+async def init(ctx, state):  # of plain functions: it needs a loop of its own, and that a thread
     note("init", ctx)
     return state
 
@@ -321,6 +321,8 @@ def test_restored_from_the_store(arena: Arena, serve: Serve) -> None:
         with pytest.raises(ValueError, match="too small"):
             run.remote({"x": -1})
         assert served.post({"input": {"x": 1}}) == (200, [{"output": SUM}])
+        told = {"error": {"type": "ValueError", "message": "too small"}}
+        assert served.post({"input": {"x": -1}}) == (500, [told])
         together = [run.spawn("meet"), run.spawn("meet")]
         assert [call.get(timeout=30) for call in together] == [True, True]
         probe = run.remote("probe")
@@ -337,6 +339,8 @@ def test_streams(serve: Serve, name: str) -> None:
     with serve(name) as served:
         assert list(served.model.run.remote_gen({"n": 3})) == [0.0, 1.0, 2.0]
         assert served.post({"input": {"n": 2}}) == (200, [{"piece": 0.0}, {"piece": 1.0}])
+        status, lines = served.post({"input": {"n": 65}})  # one more than there are
+        assert (status, len(lines), lines[-1]["error"]["type"]) == (200, 65, "IndexError")
         served.ends_well()
 
 

@@ -494,13 +494,21 @@ def test_start_that_fails(new_project: Callable[[], Project], line: Line) -> Non
         assert worker.wait(SOON_SECONDS) != 0
 
 
+def test_start_that_fails_without_a_job(new_project: Callable[[], Project], line: Line) -> None:
+    """Where no job comes that could be told, a worker whose start failed ends all the same, with a status of failure."""
+    project = new_project()
+    project.write(FAILING)
+    with Plane(hold_seconds=HOLD_SECONDS) as plane, serve(plane, project, line, "handler.py") as worker:
+        assert worker.wait(SOON_SECONDS + 20.0) != 0
+
+
 def test_sdk_that_is_missing(refreshed: Project, tmp_path: Path) -> None:
     """Without the SDK the worker says at once how to get it, and ends with a status of failure."""
     (tmp_path / "runpod.py").write_text('raise ModuleNotFoundError("No module named runpod", name="runpod")')
     line = Line("none", str(tmp_path), "")
     with Plane() as plane, serve(plane, refreshed, line, "handler.py") as worker:
         assert worker.wait(SOON_SECONDS) == 1
-        assert "pip install 'coldstart-gpu[runpod]'" in worker.errors
+        assert 'pip install "coldstart-gpu[runpod]"' in worker.errors
 
 
 LARGE = """
