@@ -87,9 +87,10 @@ class _Coldstart:
 
         ``name`` names the snapshot. ``load(ctx)`` makes the state once; ``build(ctx)`` makes it without its bytes;
         ``compile(ctx, state)`` and ``init(ctx, state)`` run at every start, and what ``init`` returns is the handler's
-        second argument; ``close(model)`` runs at the end. ``before_snapshot(model)`` and ``after_restore(ctx, model)`` run around a
-        freeze of the whole process by its platform (Modal's memory snapshots, RunPod's FlashBoot, which gives no notice
-        before): let go of connections there and make them anew. All may be async. ``load`` (with ``build``) may be a mapping
+        second argument; ``close(model)`` runs at the end. ``before_snapshot(model)`` and ``after_restore(ctx, model)`` are
+        for a freeze of the whole process by its platform (Modal's memory snapshots, RunPod's FlashBoot, which gives no
+        notice before), not for coldstart's own snapshots: let go of connections there and make them anew. All may be
+        async. ``load`` (with ``build``) may be a mapping
         of named parts, each with a key and a snapshot of its own. ``warmup``: inputs for the handler before the first
         event. ``files``: name -> path of files that the snapshot carries. ``env`` and ``secrets``: variables that
         ``ctx.env`` and ``ctx.secret`` may read; only the values of ``env`` belong to the snapshot's key. ``kinds``:

@@ -78,7 +78,7 @@ _SECRET = kinds.text("[!-~]{1,16384}", "printable ASCII without spaces")
 
 SETTINGS: tuple[Setting, ...] = (
     _setting("store", _ADDRESS, "file://{cache}/coldstart", "where snapshots are kept; off: nowhere"),
-    _setting("device", _DEVICE, "auto", "where the state lives; auto: cuda where there is one"),
+    _setting("device", _DEVICE, "auto", "where the state lives; auto: cpu, the only one in this version"),
     _setting("fresh", kinds.flag(), False, "ignore snapshots at start and make a new one"),
     _setting("log", kinds.choice("json", "console", OFF), "console", "form of the log lines on standard error"),
     _setting(
@@ -95,6 +95,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting("zstd_level", kinds.whole(1, 19), 1, "effort of the zstd codec"),
     _setting("skip_phases", kinds.phases(), (), "phases of a start to leave out"),
+    _setting(
+        "fetch_engine",
+        kinds.choice("auto", "process", "threads"),
+        "auto",
+        "who reads a snapshot; auto: a process of its own where that pays",
+    ),
     _setting("fetch_threads", kinds.whole(1, 64), 8, "reads from the store at a time"),
     _setting(
         "memory_budget_bytes",
@@ -142,6 +148,7 @@ class Settings(NamedTuple):
     codec: str
     zstd_level: int
     skip_phases: tuple[str, ...]
+    fetch_engine: str
     fetch_threads: int
     memory_budget_bytes: int
     capture: bool
@@ -358,6 +365,12 @@ def child_environment(
         if value is not None:
             environment[name] = value
     return environment
+
+
+def worker_id(environ: Mapping[str, str] | None = None) -> str:
+    """What the platform calls this worker: RunPod's pod, Modal's task; "" elsewhere."""
+    environ = os.environ if environ is None else environ
+    return environ.get("RUNPOD_POD_ID") or environ.get("MODAL_TASK_ID") or ""
 
 
 def platform_name(environ: Mapping[str, str] | None = None) -> str:

@@ -1,4 +1,7 @@
-"""Before the import: what a handler will need is read from its file's source and fetched while the file is imported."""
+"""Before the start: what a handler will need is fetched while its file is imported, or before its platform freezes it.
+
+Before the import, what that is is read from the file's source.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from coldstart import caches, events
 from coldstart.config import Settings, environment_now
 from coldstart.devices import pick
 from coldstart.errors import KeyUncomputableError
+from coldstart.fetch import Address
 from coldstart.keys import find_handlers, key_from_functions, key_from_source
 from coldstart.metrics import Timeline, process_clock
 from coldstart.repository import Repository
@@ -58,19 +62,18 @@ class Opener:
         """The repository, opened if it was not. Raises StoreSetupError."""
         with self._lock:
             if self._repository is None:
-                settings = self._settings
-                options = StoreOptions(*(getattr(settings, field) for field in StoreOptions._fields))
+                url, options = address_of(self._settings)
                 if self._degraded is None:
                     options = options._replace(cache="")
-                self._repository = Repository(open_store(settings.store, options, degraded=self._degraded))
+                self._repository = Repository(open_store(url, options, degraded=self._degraded))
             return self._repository
 
-    def let_go(self, settings: Settings | None = None) -> None:
-        """Close the store's connections; the next use opens it anew, by other ``settings`` if given."""
+    def let_go(self, settings: Settings | None = None, *, close: bool = True) -> None:
+        """Open the store anew on its next use, by other ``settings`` if given. ``close``: nobody is using it now."""
         with self._lock:
             self._settings = settings or self._settings
             repository, self._repository = self._repository, None
-        if repository is not None:
+        if close and repository is not None:
             repository.store.close()
 
 
@@ -79,13 +82,18 @@ def opener_of_start(name: str, services: Services) -> Opener:
     return Opener(services.settings, lambda reason: services.bus.publish(events.StoreDegraded(name, reason)))
 
 
+def address_of(settings: Settings) -> Address:
+    """Where the settings say that snapshots are."""
+    return Address(settings.store, StoreOptions(*(getattr(settings, field) for field in StoreOptions._fields)))
+
+
 def snapshot_name(name: str, part: str) -> str:
     """The snapshot of a part: the handler's name, and ``=part`` where the state has named parts."""
     return f"{name}={part}" if part else name
 
 
 class Early:
-    """Restorations begun from a file's source, before it was imported. Used only for parts whose key turns out the same."""
+    """Restorations begun before the start that uses them. Used only for parts whose key is still the same then."""
 
     def __init__(
         self,
@@ -201,6 +209,8 @@ def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, se
         threads=settings.fetch_threads,
         budget_bytes=settings.memory_budget_bytes,
         files_folder=settings.files_folder,
+        address=address_of(settings),
+        engine=settings.fetch_engine,
         pinned=services.pinned.get(name, ""),
         fresh=settings.fresh,
     )

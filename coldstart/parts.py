@@ -300,7 +300,7 @@ class Parts:
     def renew(self, services: Services) -> None:
         """After a freeze: settings and credentials of now, and a new connection to the store."""
         self._services = services
-        self.open_repository.let_go(services.settings)
+        self.open_repository.let_go(services.settings, close=False)  # a capture may be using it
 
     @property
     def encoding(self) -> Encoding:

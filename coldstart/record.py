@@ -6,6 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from coldstart.config import worker_id
 from coldstart.metrics import ProcessStart, process_start_seconds
 from coldstart.planning import versions
 
@@ -63,21 +64,16 @@ def start_record(
         "process_start_resolution_seconds": start.resolution_seconds,
         "process_start_unix_seconds": round(time.time() - start.age_seconds, 3),
         "ready_seconds": _rounded(timeline.clock()),
-        "phases": [
-            {
-                **phase._asdict(),
-                "began_seconds": _rounded(phase.began_seconds),
-                "ended_seconds": _rounded(phase.ended_seconds),
-            }
-            for phase in phases
-        ],
-        "spans": _spans(timeline.spans()),
+        "phases": _stretches(phases),
+        "spans": _stretches(timeline.spans()),
         "amortised": _amortised(woken),
         "bytes": _bytes(parts.parts),
+        "engines": sorted({part.restored.report.engine for part in parts.parts if part.restored}),
         "warmup": {"iterations": report.iterations, "memory_bytes": report.memory_bytes},
         "device": info._asdict(),
         "versions": versions(),
         "pid": os.getpid(),
+        "worker": worker_id(),
     }
 
 
@@ -92,7 +88,7 @@ def woken_record(record: Mapping[str, Any], woken: Woken, timeline: Timeline) ->
         "process_start_unix_seconds": round(time.time() - timeline.clock(), 3),
         "ready_seconds": _rounded(timeline.clock()),
         "phases": [],
-        "spans": _spans(timeline.spans()),
+        "spans": _stretches(timeline.spans()),
         "amortised": _amortised(woken),
         "bytes": dict.fromkeys(record["bytes"], 0),
     }
@@ -104,20 +100,20 @@ def _amortised(woken: Woken | None) -> dict[str, Any] | None:
         return None
     return {
         "phases": woken.before.get("phases", []),
-        "spans": woken.before.get("spans") or _spans(woken.spans),
+        "spans": woken.before.get("spans") or _stretches(woken.spans),
         "ready_seconds": woken.before.get("ready_seconds"),
         "reason": woken.before.get("reason", ""),
     }
 
 
-def _spans(spans: Sequence[Span]) -> list[dict[str, Any]]:
+def _stretches(timed: Sequence[Span | PhaseRecord]) -> list[dict[str, Any]]:
     return [
         {
-            **span._asdict(),
-            "began_seconds": _rounded(span.began_seconds),
-            "ended_seconds": _rounded(span.ended_seconds),
+            **each._asdict(),
+            "began_seconds": _rounded(each.began_seconds),
+            "ended_seconds": _rounded(each.ended_seconds),
         }
-        for span in spans
+        for each in timed
     ]
 
 

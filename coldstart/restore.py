@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
 from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError
-from coldstart.fetch import FetchRequest, start_threads
+from coldstart.fetch import FetchRequest, start_fetch
 from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
 from coldstart.metrics import Span
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coldstart.devices.base import Arena, Device
-    from coldstart.fetch.base import Fetch, FetchReport
+    from coldstart.fetch.base import Address, Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
     from coldstart.repository import Lookup, Repository
@@ -38,6 +38,9 @@ class Request(NamedTuple):
     threads: int
     budget_bytes: int
     files_folder: str
+    address: Address | None = None
+    """The store's, for another process to open it."""
+    engine: str = "auto"
     pinned: str = ""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
@@ -182,7 +185,7 @@ class Restoration:
                 request.name, manifest.generation, manifest.rung, manifest.raw_bytes, manifest.stored_bytes
             )
         )
-        fetch = self._under_way = start_threads(
+        fetch = self._under_way = start_fetch(
             FetchRequest(
                 manifest,
                 repository.store,
@@ -190,13 +193,17 @@ class Restoration:
                 request.threads,
                 request.budget_bytes,
                 verify_raw=bool(request.pinned),
-            )
+                address=request.address,
+            ),
+            engine=request.engine,
         )
         if self._cancelled:
             fetch.cancel()
         report = fetch.wait()
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
+        for reason in report.degraded:
+            self._bus.publish(events.StoreDegraded(request.name, reason))
         if report.retried_chunks and recovered_by == "none":
             recovered_by = "chunk_retry"
         return Restored(manifest, key, arena, report, recovered_by, lookup)

@@ -22,6 +22,7 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import HandlerError
+from coldstart.terms import MODAL_SNAPSHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -198,7 +199,7 @@ RUNPOD_OPTIONS: Mapping[str, Option] = {
 
 MODAL_OPTIONS: Mapping[str, Option] = {
     "gpu": _texts('Modal\'s GPU names, such as ["H100!"]', "GPUs; none: those of gpu", pattern=_GPU, or_one=True),
-    "snapshot": _choice("off", "cpu", "gpu", default="off", doc="Modal's own memory snapshots"),
+    "snapshot": _choice(*MODAL_SNAPSHOTS, default="off", doc="Modal's own memory snapshots"),
     "secrets": _texts("a list of secrets' names", "Modal secrets", pattern=r"[\w.-]+"),
     "volume": _text("the name of a volume", "a Modal volume to keep snapshots in", pattern=r"[\w.-]+"),
     "region": _text("the name of a region", "where workers run; none: anywhere"),

@@ -120,13 +120,13 @@ class Worker(Answering):
             if not future.done():
                 future.set_result(None)
 
-        def wake() -> None:
+        def tell() -> None:
             with suppress(RuntimeError):  # a loop that was closed meanwhile has nobody waiting
                 loop.call_soon_threadsafe(settle)
 
         with self._lock:
             if not self._ended.is_set():
-                self._waiters.append(wake)
+                self._waiters.append(tell)
         self.begin()
         if not self._ended.is_set():
             await future
@@ -214,7 +214,7 @@ class Worker(Answering):
         events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
 
     def _hook(self, hook: Callable[..., Any] | None, context: Any, state: Any) -> Callable[[], Any] | None:
-        """A user's ``compile`` or ``init`` as the work of a phase; in class form ``state`` is the instance itself."""
+        """A user's ``compile``, ``init`` or ``after_restore`` as work to do; in class form ``state`` is the instance itself."""
         if hook is None:
             return None
         if self.definition.owner is not None:
@@ -402,8 +402,8 @@ class Worker(Answering):
         with self._lock:
             self._ended.set()
             waiters, self._waiters = self._waiters, []
-        for wake in waiters:
-            wake()
+        for tell in waiters:
+            tell()
 
     def _become(self, state: str, *, only_from: tuple[str, ...] = ()) -> bool:
         """Change the state, unless ``only_from`` says that this one does not lead there; True if it was changed.

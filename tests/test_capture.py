@@ -71,7 +71,10 @@ states = st.recursive(
 
 
 @settings(deadline=None, max_examples=80)
-@given(state=st.dictionaries(st.text(max_size=5), states, max_size=4), codec=st.sampled_from(["raw", "zstd", "planes+zstd", "auto"]))
+@given(
+    state=st.dictionaries(st.text(max_size=5), states, max_size=4),
+    codec=st.sampled_from(["raw", "zstd", "planes+zstd", "auto"]),
+)
 def test_any_tree_of_arrays_comes_back_bit_for_bit(state, codec):
     """Written, fetched, verified and rebuilt, a state is what it was, and its manifest passes the strict reader."""
     store = MemoryStore()

@@ -188,7 +188,9 @@ def test_unknown_options_are_told_with_the_nearest():
     """A misspelt option names the one that was meant, any other the whole list."""
     with pytest.raises(HandlerError, match=r"no option 'warm_up': did you mean warmup=\?"):
         coldstart("one", load=load, warm_up=[1])
-    with pytest.raises(HandlerError, match=r"no option 'gpu': there are load, build, init, compile, close, before_snapshot"):
+    with pytest.raises(
+        HandlerError, match=r"no option 'gpu': there are load, build, init, compile, close, before_snapshot"
+    ):
         coldstart("one", load=load, gpu="H200")
 
 

@@ -12,7 +12,7 @@ from coldstart.cli import main
 from coldstart.deploy.modal import app_file, class_name, make_plan
 from coldstart.deploy.options import overridden
 from coldstart.deploy.shape import read_shape
-from coldstart.errors import ConfigError
+from coldstart.errors import ConfigError, HandlerError
 from coldstart.script import read_script
 
 HANDLER = """
@@ -151,6 +151,29 @@ def test_a_store_that_containers_do_not_share_is_refused(path, store):
         plan_of(path, {**store, "TOKEN": "tok"})
 
 
+@pytest.mark.parametrize(
+    ("missing", "store"),
+    [("AWS_SECRET_ACCESS_KEY", "s3://bucket/prefix"), ("COLDSTART_R2_ACCOUNT_ID", "r2://bucket/prefix")],
+)
+def test_a_store_that_containers_could_not_reach_is_refused(path, missing, store):
+    """Containers have no credentials but those they are given: what is missing is said before anything is sent."""
+    environment = {**STORE, "COLDSTART_STORE": store, "COLDSTART_R2_ACCOUNT_ID": "account", "TOKEN": "tok"}
+    plan_of(path, environment)
+    del environment[missing]
+    with pytest.raises(ConfigError, match=missing):
+        plan_of(path, environment)
+
+
+@pytest.mark.parametrize("name", ["TOKEN", "COLDSTART_SECRET_ACCESS_KEY"])
+def test_a_secret_that_stands_in_the_file_is_refused(path, tmp_path, name):
+    """A value in the block would be in the image and in the generated file, for everybody to read."""
+    text = (tmp_path / "handler.py").read_text().replace('env = {LEVEL = "low"}', f'env = {{{name} = "planted"}}')
+    (tmp_path / "handler.py").write_text(text)
+    with pytest.raises(HandlerError, match=f"{name} is secret") as raised:
+        plan_of(path, {**STORE, "TOKEN": "tok"})
+    assert "planted" not in str(raised.value)
+
+
 def test_no_store_at_all_can_be_meant(path):
     """``off`` deploys without snapshots of ours."""
     assert plan_of(path, {"COLDSTART_STORE": "off", "TOKEN": "tok"})["env"]["COLDSTART_STORE"] == "off"
@@ -190,7 +213,7 @@ def test_the_file_can_be_kept(path, tmp_path, monkeypatch, capsys):
 def test_deleting_stops_the_app(path, capsys):
     """``--delete`` stops the app of the handler's name and needs no secrets for it."""
     assert main(["deploy", "modal", path, "--delete", "--dry-run"]) == 0
-    assert capsys.readouterr().out == "# would run: modal app stop all-minilm.v2\n"
+    assert capsys.readouterr().out == "# would run: modal app stop --yes all-minilm.v2\n"
 
 
 # --- files with an app of their own ----------------------------------------------------------------------------------
@@ -228,6 +251,14 @@ def test_a_file_of_its_own_is_deployed_as_it_is(own, capsys):
     path = own('Model = service(app, handler, name="Model")', "own_right")
     assert main(["deploy", "modal", path, "--dry-run"]) == 0
     assert capsys.readouterr().out == f"# would run: modal deploy {path}\n"
+
+
+@pytest.mark.parametrize("words", [["--gpu", "L4"], ["--min-workers", "0"], ["--web", "POST"], ["--write", "app.py"]])
+def test_what_a_file_of_its_own_says_itself_is_refused(own, capsys, words):
+    """Options of a generated app are refused where the file makes the app, rather than left out silently."""
+    path = own('Model = service(app, handler, name="Model")', "own_options")
+    assert main(["deploy", "modal", path, *words, "--dry-run"]) == 1
+    assert f"{words[0]}: {path} makes its own app" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,21 @@ def change_record(project, name="scales", **changes):
     return path
 
 
+@pytest.mark.parametrize(("worker", "ended"), [("pod1", True), ("", True), ("another-pod", False)])
+def test_only_records_of_the_pod_itself_count(worker, ended, plane, project):
+    """A start record that names another worker says nothing of this pod; one that names none might be its own."""
+    for path in project.objects("starts"):
+        document = json.loads(path.read_text())
+        path.chmod(0o644)
+        path.write_text(json.dumps({**document, "worker": worker}))
+    if ended:
+        hibernate(plane, project)
+    else:
+        with pytest.raises(DeployError, match="no worker of 'scales' has written a start record"):
+            hibernate(plane, project)
+    assert bool(actions(plane)) is ended
+
+
 def test_no_worker_since_the_pod_started_leaves_the_pod(plane, project):
     """A snapshot that an earlier worker made is no proof of what this pod's worker depends on."""
     change_record(project, process_start_unix_seconds=time.time() - 7200)
@@ -339,6 +354,22 @@ def test_a_generation_that_is_replaced_meanwhile_is_verified_too(plane, project)
 
     done = hibernate(plane, project, store=Replacing(str(project.store)))
     assert [generation for _, generation, _ in done.proven.generations] == [2]
+
+
+def test_a_snapshot_that_is_deleted_meanwhile_leaves_the_pod(plane, project):
+    """What was whole when it was read has to be there still."""
+    path = project.ref("scales")
+
+    class Deleting(LocalStore):
+        def get(self, key):
+            found = super().get(key)
+            if key.startswith("blobs/"):
+                path.unlink(missing_ok=True)
+            return found
+
+    with pytest.raises(DeployError, match="has no generation for key"):
+        hibernate(plane, project, store=Deleting(str(project.store)))
+    assert not actions(plane)
 
 
 @pytest.mark.parametrize(

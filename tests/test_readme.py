@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ COMMANDS = re.findall(r"^    ((?:coldstart|pip|export|python) .*)$", README, re.
 INPUTS = {"embed.py": {"texts": ["a"]}, "centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a"}
 CHANGES = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 """What changes in a file that comes from a platform's own SDK: RunPod's, then Modal's."""
+PAGES = ("README.md", "deploy/modal/README.md", "deploy/runpod/README.md")
+NAMED = [
+    (page, " ".join(words.split()))
+    for page in PAGES
+    for words in re.findall(r"(?m)(?:^ {4,}|`)(coldstart [a-z]+ [^`#\n]+)", (ROOT / page).read_text())
+]
+"""Page and command of every call that the pages name, in their text too."""
 INSTALLS = ['pip install -e ".[demo]" && coldstart bench handlers/minilm.py', 'pip install -e ".[test]" && pytest']
 
 
@@ -72,6 +81,21 @@ def test_the_three_line_handler_restores_unchanged_and_offline(tmp_path: Path) -
     assert (first["start"]["kind"], second["start"]["kind"]) == ("cold", "restored")
     assert second["start"]["rung"] == "files"
     assert second["output"] == first["output"]
+
+
+@pytest.mark.parametrize(("page", "command"), NAMED)
+def test_every_command_that_a_page_names_is_one(page: str, command: str) -> None:
+    """No command of the README or the deploying pages lacks an option that it needs, or has one that there is not."""
+    _, name, *words = shlex.split(command.replace("--count N", "--count 1").replace("PORT", "8000"))
+    parser = argparse.ArgumentParser()
+    if name == "deploy":
+        platform, *words = words
+        parser.add_argument("target")
+        import_module(f"coldstart.deploy.{platform}").add_arguments(parser)
+    else:
+        import_module(f"coldstart.cli.{name}").add_parser(parser.add_subparsers())
+        words = [name, *words]
+    parser.parse_args(words)
 
 
 def sides(change: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldstart.thaw import FreezeWatch, reseed
+from coldstart.thaw import BUSY_FRACTION, FreezeWatch, reseed
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,11 +83,11 @@ def test_only_long_idle_gaps_count(steps):
     watch = clocks.watch(10.0)
     expected = 0.0
     for gap, worked in steps:
-        before = clocks.wall
+        began, worked_before = clocks.wall, clocks.worked
         clocks.pass_time(wall=gap, worked=worked)
         watch.look()
-        passed = clocks.wall - before
-        if passed >= 10.0 and clocks.worked - (clocks.worked - worked) <= passed * 0.25:
+        passed = clocks.wall - began
+        if passed >= 10.0 and clocks.worked - worked_before <= passed * BUSY_FRACTION:
             expected += passed
     assert watch.frozen_seconds() == pytest.approx(expected, abs=1e-6)
 

@@ -12,6 +12,28 @@ from coldstart import coldstart, events
 from coldstart.registry import enter_serving, worker_for
 from tests.starts import Project, Seen
 
+DOUBLED = """
+from coldstart import coldstart
+
+@coldstart("scales", load=lambda: {"a": 2.0}, warmup=[1])
+def handler(event, model):
+    return model["a"] * event["input"]
+"""
+"""A handler that doubles its input."""
+
+SETTLED = """
+import json, os, shutil, subprocess, sys, threading
+sys.path.insert(0, ".")
+from coldstart.loading import import_file
+from coldstart.registry import enter_serving, worker_for
+handler = import_file("handler.py").handler
+enter_serving()
+worker = worker_for(handler.__coldstart__)
+worker.fetch()
+worker.settle()
+"""
+"""The beginning of a process whose worker has fetched and may be frozen now."""
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, tmp_path):
@@ -35,6 +57,13 @@ def project_in(folder):
     project = Project(folder / "project")
     project.environment["COLDSTART_CAPTURE"] = "on"
     return project
+
+
+def settled(project, code, **environment):
+    """What a process prints that runs ``code`` once its worker has fetched and settled."""
+    start = project.python("-c", SETTLED + code, environment=environment)
+    assert start.code == 0, start.errors
+    return start
 
 
 def threads():
@@ -157,40 +186,24 @@ def test_the_record_of_a_thaw_has_what_lay_before_apart():
     assert after["amortised"]["phases"] == before["phases"]
     assert after["amortised"]["ready_seconds"] == before["ready_seconds"]
     assert after["process_start_source"] == "platform"
-    assert 0 <= after["ready_seconds"] < before["ready_seconds"] + 60
+    assert 0 <= after["ready_seconds"] < before["ready_seconds"]  # which counts from when pytest began
     assert set(after["bytes"].values()) == {0}
 
 
 def test_what_was_fetched_before_a_freeze_is_used_after_it(tmp_path, monkeypatch):
     """``fetch`` brings the snapshot into memory and leaves no thread; the start after it reads nothing of the store."""
     project = project_in(tmp_path)
-    project.write("""
-        from coldstart import coldstart
-
-        @coldstart("scales", load=lambda: {"a": 2.0}, warmup=[1])
-        def handler(event, model):
-            return model["a"] * event["input"]
-        """)
+    project.write(DOUBLED)
     first = project.run()
     assert first.capture["published"], first.capture
     code = """
-import json, shutil, sys, threading
-sys.path.insert(0, ".")
-from coldstart.loading import import_file
-from coldstart.registry import enter_serving, worker_for
-handler = import_file("handler.py").handler
-enter_serving()
-worker = worker_for(handler.__coldstart__)
-worker.fetch()
-worker.settle()
 left = [thread.name for thread in threading.enumerate() if thread.name.startswith("coldstart")]
 shutil.rmtree("store")
 worker.wake("platform", "a test", {})
 answer = handler({"input": 3})
 print(json.dumps({"left": left, "answer": answer, "start": worker.record}))
 """
-    start = project.python("-c", code)
-    assert start.code == 0, start.errors
+    start = settled(project, code)
     assert (start.document["left"], start.document["answer"]) == ([], 6.0)
     assert (start.kind, start.record["own_kind"]) == ("platform", "restored")
     assert {span["name"] for span in start.record["amortised"]["spans"]} >= {"look up", "fetch"}
@@ -200,30 +213,14 @@ print(json.dumps({"left": left, "answer": answer, "start": worker.record}))
 def test_nothing_found_before_a_freeze_is_looked_for_after_it(tmp_path):
     """A snapshot that was made between the fetch and the start is found: a miss before a freeze is not kept."""
     project = project_in(tmp_path)
-    project.write("""
-        from coldstart import coldstart
-
-        @coldstart("scales", load=lambda: {"a": 2.0}, warmup=[1])
-        def handler(event, model):
-            return model["a"] * event["input"]
-        """)
+    project.write(DOUBLED)
     code = """
-import json, subprocess, sys
-sys.path.insert(0, ".")
-from coldstart.loading import import_file
-from coldstart.registry import enter_serving, worker_for
-handler = import_file("handler.py").handler
-enter_serving()
-worker = worker_for(handler.__coldstart__)
-worker.fetch()
-worker.settle()
 subprocess.run([sys.executable, "-m", "coldstart", "run", "handler.py", "--json"], check=True, stdout=subprocess.DEVNULL)
 worker.wake("platform", "a test", {})
 answer = handler({"input": 3})
 print(json.dumps({"answer": answer, "start": worker.record}))
 """
-    start = project.python("-c", code)
-    assert start.code == 0, start.errors
+    start = settled(project, code)
     assert (start.document["answer"], start.record["own_kind"]) == (6.0, "restored")
 
 
@@ -243,19 +240,9 @@ def test_a_variable_that_the_platform_changed_changes_the_key(tmp_path):
     for size in ("small", "large"):
         assert project.run(SIZE=size).capture["published"]
     code = """
-import json, os, sys
-sys.path.insert(0, ".")
-from coldstart.loading import import_file
-from coldstart.registry import enter_serving, worker_for
-handler = import_file("handler.py").handler
-enter_serving()
-worker = worker_for(handler.__coldstart__)
-worker.fetch()
-worker.settle()
 os.environ["SIZE"] = "large"
 worker.wake("platform", "a test", {"SIZE": "large"})
 print(json.dumps({"answer": handler({"input": 3}), "start": worker.record}))
 """
-    start = project.python("-c", code, environment={"SIZE": "small"})
-    assert start.code == 0, start.errors
+    start = settled(project, code, SIZE="small")
     assert (start.document["answer"], start.record["own_kind"]) == ("large", "restored")

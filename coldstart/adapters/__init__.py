@@ -1,4 +1,7 @@
-"""One thin file a platform; its SDK is imported inside."""
+"""Serving events: one file a platform (``local``, ``http``, ``runpod``, ``modal``), which alone imports its SDK.
+
+``answers``, ``calls``, ``admission``, ``connection`` and ``signals`` are what they share.
+"""
 
 from __future__ import annotations
 

@@ -21,9 +21,22 @@ def encoded(**document: Any) -> str:
     try:
         return json.dumps(document, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise HandlerError(
-            f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN"
-        ) from error
+        raise unsayable(error) from error
+
+
+def unsayable(error: Exception) -> HandlerError:
+    """The error of an answer that JSON cannot say; ``error`` is the encoder's."""
+    return HandlerError(f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN")
+
+
+def identity_of(event: Any) -> Any:
+    """The id of an event, None where it has none that an answer could repeat (``parsed`` takes NaN)."""
+    identity = event.get("id") if isinstance(event, dict) else None
+    try:
+        encoded(id=identity)
+    except HandlerError:
+        return None
+    return identity
 
 
 def described(error: BaseException) -> dict[str, str]:

@@ -12,7 +12,7 @@ from socketserver import TCPServer
 from typing import TYPE_CHECKING, Any
 
 from coldstart.adapters.admission import Busy
-from coldstart.adapters.answers import described, encoded, parsed
+from coldstart.adapters.answers import described, encoded, identity_of, parsed
 from coldstart.errors import EventError
 from coldstart.loading import check_event
 from coldstart.terms import VERSION
@@ -126,7 +126,7 @@ class _Connection(BaseHTTPRequestHandler):
         identity: Any = None
         try:
             event = parsed(data, "the body")
-            identity = event.get("id") if isinstance(event, dict) else None
+            identity = identity_of(event)
             event = check_event(event)
         except EventError as error:
             self._answer(HTTPStatus.BAD_REQUEST, encoded(id=identity, error=described(error)))
@@ -150,7 +150,7 @@ class _Connection(BaseHTTPRequestHandler):
             status, answer = HTTPStatus.OK, ""
             try:
                 answer = encoded(id=identity, output=service.answering.output(event))
-            except (Exception, SystemExit) as error:  # noqa: BLE001  the request's edge
+            except BaseException as error:  # noqa: BLE001  the request's edge, in a thread of its own
                 status, answer = self._failure(error, identity)
         self._answer(status, answer)
 
@@ -170,7 +170,7 @@ class _Connection(BaseHTTPRequestHandler):
             last = encoded(id=identity, output=gathered)
         except _Gone:
             raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001  the request's edge
+        except BaseException as error:  # noqa: BLE001  the request's edge, in a thread of its own
             status, last = self._failure(error, identity)
         if begun or status == HTTPStatus.OK:
             if not begun:

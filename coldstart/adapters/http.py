@@ -16,20 +16,17 @@ SIGTERM: nothing more is taken, what runs is finished, a snapshot being made is 
 from __future__ import annotations
 
 import queue
-import signal
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.adapters.admission import Admission
 from coldstart.adapters.calls import Direct, OnLoop
 from coldstart.adapters.connection import STARTING, Server
+from coldstart.adapters.signals import on_sigterm
 from coldstart.config import load, read_variable
 from coldstart.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from coldstart.definition import Definition
     from coldstart.worker import Worker
 
@@ -104,7 +101,7 @@ class HttpService:
         worker = worker_for(definition)
         answering = OnLoop(handler) if definition.kind in ("async", "async_generator") else Direct(handler)
         try:
-            with _on_sigterm(self.stop):
+            with on_sigterm(self.stop):
                 answering.begin(worker)
                 self.worker, self.answering = worker, answering
                 self.admission.open(load().concurrency or definition.concurrency)
@@ -146,19 +143,6 @@ class HttpService:
             "stats": worker.stats._asdict(),
             "metrics": worker.metrics.to_dict(),
         }
-
-
-@contextmanager
-def _on_sigterm(act: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM call ``act``. Only a process' main thread hears signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda _number, _frame: act())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _listen(host: str, port: int, service: HttpService) -> Server:

@@ -8,10 +8,10 @@ loop ends with the input, then waiting for a snapshot that is being made; or wit
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
-from coldstart.adapters.answers import described, encoded, parsed
+from coldstart.adapters.answers import described, encoded, identity_of, parsed
 from coldstart.loading import check_event
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class _Termination:
         self._busy = False
         self._told = False
 
-    def tell(self, _number: int, _frame: Any) -> None:
-        """The signal's handler."""
+    def tell(self) -> None:
+        """SIGTERM came."""
         self._told = True
         if not self._busy:
             raise _Told
@@ -140,21 +140,12 @@ class _Termination:
 
 @contextmanager
 def _until_told() -> Iterator[_Termination]:
-    """Leave the block where SIGTERM asks for it. Only a process' main thread hears signals."""
-    import signal
-    import threading
+    """Leave the block where SIGTERM asks for it."""
+    from coldstart.adapters.signals import on_sigterm
 
     termination = _Termination()
-    if threading.current_thread() is not threading.main_thread():
+    with on_sigterm(termination.tell), suppress(_Told):
         yield termination
-        return
-    before = signal.signal(signal.SIGTERM, termination.tell)
-    try:
-        yield termination
-    except _Told:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _serve_line(handler: Any, line: bytes, write: Callable[[str], None]) -> None:
@@ -164,9 +155,11 @@ def _serve_line(handler: Any, line: bytes, write: Callable[[str], None]) -> None
     identity: Any = None
     try:
         event = parsed(line, "the line")
-        identity = event.get("id") if isinstance(event, dict) else None
+        identity = identity_of(event)
         output = answer_one(handler, check_event(event), lambda item: write(encoded(id=identity, piece=item)))
         answer = encoded(id=identity, output=output)
-    except Exception as error:  # noqa: BLE001  the loop's edge
+    except (KeyboardInterrupt, SystemExit):
+        raise  # the end of this process
+    except BaseException as error:  # noqa: BLE001  the loop's edge; the panic of a library written in Rust is no Exception
         answer = encoded(id=identity, error=described(error))
     write(answer)

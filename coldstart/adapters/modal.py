@@ -297,10 +297,11 @@ def _lines(pieces: Any) -> Iterator[str]:
 
 
 async def _lines_async(pieces: Any) -> AsyncIterator[str]:
+    """The same of an async stream."""
     try:
         async for piece in pieces:
             yield encoded(piece=piece) + "\n"
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001  the request's edge, as above
         yield encoded(error=described(error)) + "\n"
 
 
@@ -414,8 +415,8 @@ def deployed(module: str, plan: Mapping[str, Any]) -> tuple[Any, Any]:
             worker_for(definition_of(loaded[0])).note_import(began, time.monotonic())
         return loaded[0]
 
-    described = plan["handler"]
-    shape = Shape(described["name"], described["kind"], described["methods"], plan["concurrency"])
+    said = plan["handler"]
+    shape = Shape(said["name"], said["kind"], said["methods"], plan["concurrency"])
     if not modal.is_local():
         get_handler()
     options = {**plan["options"], "image": _image(plan), "secrets": _secrets(plan)}

@@ -22,6 +22,8 @@ from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
+from coldstart.adapters.answers import unsayable
+from coldstart.adapters.signals import hear_sigterm
 from coldstart.config import load, read_variable, set_variables
 from coldstart.errors import ColdstartError, HandlerError, UsageError
 from coldstart.thaw import FreezeWatch
@@ -49,7 +51,7 @@ def serve(definition: Definition, handler: Any) -> None:
     enter_serving()
     worker = worker_for(definition)
     worker.begin()
-    options = read_script(definition.code.co_filename).runpod
+    options = read_script(_file_of(definition, handler)).runpod
     _leave_out_covered_checks(definition)
     sdk = _imported_sdk()
     service = _Service(worker, handler, sdk, options)
@@ -107,18 +109,19 @@ class _Service:
 
     async def _answer(self, job: dict[str, Any]) -> Any:
         await self._gate()
+        event = {**job}  # the user's to change: without its id the SDK could not answer, and would take no more jobs
         with _contained():
             if self._worker.definition.kind == "async":
-                result = await self._handler(job)
+                result = await self._handler(event)
             elif self._concurrency > 1:
-                result = await self._in_thread(self._handler, job)
+                result = await self._in_thread(self._handler, event)
             else:
-                result = self._handler(job)  # in the main thread, as the SDK itself would
+                result = self._handler(event)  # in the main thread, as the SDK itself would
         return _checked(result)
 
     async def _stream(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         await self._gate()
-        pieces = self._handler(job)
+        pieces = self._handler({**job})
         with _contained():
             if self._worker.definition.kind == "async_generator":
                 try:
@@ -236,7 +239,7 @@ class _Service:
                     before(number, frame)  # the SDK's own: take no more jobs, finish those in progress
                 threading.Thread(target=self._worker.stop_capture, name="coldstart-stop", daemon=True).start()
 
-            signal.signal(signal.SIGTERM, on_term)
+            hear_sigterm(on_term)
 
     async def _end_with(self, runner: asyncio.Task[Any]) -> None:
         """Once the SDK runs no more jobs: end the worker, and the polls, whose jobs nobody would answer."""
@@ -301,6 +304,10 @@ def _contained() -> Iterator[None]:
         if task is not None and task.cancelling():
             raise  # the job itself is cancelled
         raise HandlerError("the handler raised CancelledError: something that it waited for was cancelled") from error
+    except (Exception, GeneratorExit, KeyboardInterrupt):
+        raise  # errors like any other, a stream that is left, the end of this process
+    except BaseException as error:  # such as the panic of a library written in Rust
+        raise HandlerError(f"the handler raised {type(error).__name__}: {error}") from error
 
 
 def _current_task() -> asyncio.Task[Any] | None:
@@ -311,14 +318,20 @@ def _current_task() -> asyncio.Task[Any] | None:
 
 
 def _checked(result: Any) -> Any:
-    """``result``, if JSON can say it: else the SDK would log an error and never answer the job."""
+    """``result``, if JSON can say it: else the SDK would log an error and never answer the job.
+
+    A dict is copied: the SDK takes keys out of what it is given, and a handler may keep and return it again.
+    """
     try:
         json.dumps(result, allow_nan=False, ensure_ascii=False).encode()  # as the SDK does: half a surrogate pair fails
     except (TypeError, ValueError, RecursionError) as error:
-        raise HandlerError(
-            f"the answer is not JSON ({error}): return plain values, such as array.tolist(), and no NaN"
-        ) from error
-    return result
+        raise unsayable(error) from error
+    return {**result} if isinstance(result, dict) else result
+
+
+def _file_of(definition: Definition, handler: Any) -> str:
+    """The file whose block holds for ``handler``: its module's, since another decorator's code may lie elsewhere."""
+    return getattr(sys.modules.get(handler.__module__), "__file__", None) or definition.code.co_filename
 
 
 def _imported_sdk() -> Any:

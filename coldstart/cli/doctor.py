@@ -67,9 +67,11 @@ def examine() -> Iterator[Finding]:
 
 
 def _python() -> Finding:
+    from coldstart.script import PYTHONS
+
     version = ".".join(map(str, sys.version_info[:3]))
-    if not sys.version_info[:2] in ((3, 11), (3, 12), (3, 13)):  # noqa: E713  reads as the sentence it is
-        return Finding("python", "note", f"{version}: tested with 3.11, 3.12 and 3.13")
+    if version.rpartition(".")[0] not in PYTHONS:
+        return Finding("python", "note", f"{version}: tested with {', '.join(PYTHONS)}")
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return Finding("python", "note", f"{version} free-threaded: untested")
     return Finding("python", "ok", version)

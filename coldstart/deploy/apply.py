@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.deploy.plan import MARK, template_name
 from coldstart.deploy.rest import listed, segment
-from coldstart.errors import ConflictError, ResourceMissingError
+from coldstart.errors import ConflictError, DeployError, ResourceMissingError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,7 +114,7 @@ def _bring(
     """Bring one resource to ``wanted``; its id, and what was done. ``creating`` is the body that creates it."""
     path, name = place[0], wanted["name"]
     if found is None:
-        created = str(client.request("POST", path, creating)["id"])
+        created = _created(client, path, creating)
         return created, Step(kind, name, created, "created")
     identity = str(found["id"])
     changes = {key: value for key, value in wanted.items() if not _equal(key, found.get(key), value)}
@@ -122,6 +122,14 @@ def _bring(
         return identity, Step(kind, name, identity, "unchanged")
     client.request("PATCH", f"{path}/{segment(identity)}", changes)
     return identity, Step(kind, name, identity, "updated", tuple(sorted(changes)))
+
+
+def _created(client: Client, path: str, body: Mapping[str, Any]) -> str:
+    """Create a resource; its id. Raises DeployError for an answer that has none."""
+    answer = client.request("POST", path, body)
+    if not isinstance(answer, dict) or not answer.get("id"):
+        raise DeployError(f"POST {client.base_url}{path}: the answer has no id; the same command again finds what was made")
+    return str(answer["id"])
 
 
 def _equal(key: str, found: Any, wanted: Any) -> bool:

@@ -43,6 +43,7 @@ def find_proven(
     repository: Repository,
     name: str,
     *,
+    worker: str,
     since_seconds: float,
     key: str = "",
     wait_seconds: float,
@@ -51,13 +52,18 @@ def find_proven(
 ) -> Proven:
     """The current generations that the worker of ``name``, started since then (Unix time), depends on, verified in full.
 
+    ``worker``: what the platform calls it; records that name another worker do not count, those that name none do.
     ``key``: the first digits of the one that is meant, where workers of several keys have started. Waits for what may
     yet come. Raises DeployError, SnapshotError and StoreError for any doubt.
     """
-    refs = _await_refs(lambda: _refs_of_worker(repository, name, since_seconds, key), wait_seconds, poll_seconds, say)
+
+    def look() -> list[Ref]:
+        return _refs_of_worker(repository, name, worker, since_seconds, key)
+
+    refs = _await_refs(look, wait_seconds, poll_seconds, say)
     for _ in range(_MOST_CHANGES):
         stored_bytes = sum(_verified_bytes(repository, ref) for ref in refs)
-        again = _refs_of_worker(repository, name, since_seconds, key)
+        again = _await_refs(look, 0.0, poll_seconds, say)
         if [ref.manifest for ref in again] == [ref.manifest for ref in refs]:
             found = tuple((ref.name, ref.generation, ref.manifest) for ref in refs)
             return Proven(found, stored_bytes)
@@ -102,9 +108,9 @@ def _verified_bytes(repository: Repository, ref: Ref) -> int:
 # --- which snapshot ---------------------------------------------------------------------------------------------------
 
 
-def _refs_of_worker(repository: Repository, name: str, since_seconds: float, key: str) -> list[Ref]:
-    """The refs of all parts of the worker's state, in the order of their names. Raises _NotYet and DeployError."""
-    records = list(_records(repository, name, since_seconds))
+def _refs_of_worker(repository: Repository, name: str, worker: str, since_seconds: float, key: str) -> list[Ref]:
+    """The refs of all parts of the worker's state, in the order of their names. Raises _NotYet, DeployError and ManifestError."""
+    records = [each for each in _records(repository, name, since_seconds) if is_of(each, worker)]
     if not records:
         raise _NotYet(
             f"no worker of {name!r} has written a start record into {repository.store.url} since the pod started: wait"
@@ -178,6 +184,11 @@ def read_start(repository: Repository, key: str) -> dict[str, Any] | None:
         return None
     good = isinstance(record, dict) and isinstance(record.get("key"), str)
     return record if good and isinstance(record.get("process_start_unix_seconds"), (int, float)) else None
+
+
+def is_of(record: dict[str, Any], worker: str) -> bool:
+    """Whether a start record may be the worker's: it names it, or none."""
+    return record.get("worker", "") in ("", worker)
 
 
 def _records(repository: Repository, name: str, since_seconds: float) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import config
 from coldstart.deploy import pods
-from coldstart.deploy.evidence import find_proven, read_start, record_keys
+from coldstart.deploy.evidence import find_proven, is_of, read_start, record_keys
 from coldstart.deploy.plan import MARK
 from coldstart.errors import ConflictError, DeployError, StoreSetupError, UsageError
 from coldstart.stores import StoreOptions, open_store
@@ -90,6 +90,7 @@ class Hibernator:
         proven = find_proven(
             self._repository,
             name,
+            worker=pod.id,
             since_seconds=since_seconds,
             key=key,
             wait_seconds=wait_seconds,
@@ -236,7 +237,7 @@ class Waker:
                 " do not want it"
             )
         self._say(f"pod {identity} runs; waiting for its worker")
-        start = self._await_start(name, before, left_seconds)
+        start = self._await_start(name, identity, before, left_seconds)
         if start is None:
             raise DeployError(
                 f"pod {identity} runs, and no worker of {name!r} has written a start record within {wait_seconds:.0f} s: look"
@@ -244,13 +245,15 @@ class Waker:
             )
         return Waking(identity, start, time.monotonic() - began)
 
-    def _await_start(self, name: str, before: Mapping[str, float], wait_seconds: float) -> dict[str, Any] | None:
-        """The first start record that was not there before. By its key, since clocks differ."""
+    def _await_start(
+        self, name: str, worker: str, before: Mapping[str, float], wait_seconds: float
+    ) -> dict[str, Any] | None:
+        """The first start record of the worker that was not there before. By its key, since clocks differ."""
         deadline_seconds = time.monotonic() + wait_seconds
         while True:
             for key in record_keys(self._repository, name).keys() - before.keys():
                 start = read_start(self._repository, key)
-                if start is not None:
+                if start is not None and is_of(start, worker):
                     return start
             if time.monotonic() >= deadline_seconds:
                 return None

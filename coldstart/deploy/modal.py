@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import os
 import pprint
 import subprocess
@@ -16,14 +17,16 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
+from coldstart import config
 from coldstart.config import child_environment, environment_now
 from coldstart.deploy.image import DEFAULT_PYTHON, own_requirements
 from coldstart.deploy.options import add_common_arguments, overridden
 from coldstart.deploy.shape import read_shape
 from coldstart.deploy.sources import source_files
-from coldstart.deploy.variables import store_variables
+from coldstart.deploy.variables import NO_DEPENDENCIES, check_access, check_not_written, notes, store_variables
 from coldstart.errors import ConfigError, DeployError, HandlerError, UsageError
 from coldstart.script import read_script
+from coldstart.terms import MODAL_SNAPSHOTS
 
 if TYPE_CHECKING:
     import argparse
@@ -39,6 +42,7 @@ REMOTE_FOLDER = "/root/coldstart_app"
 VOLUME_FOLDER = "/coldstart-volume"
 """Where a Modal volume is mounted; restored files are kept in it."""
 
+_REMEDY = "or name Modal secrets that hold them in [tool.coldstart.modal], secrets = [...]"
 _GENERATED = '''"""Made by `coldstart deploy modal`: change the handler's file or the command's options, not this file."""
 
 from coldstart.adapters.modal import deployed
@@ -48,18 +52,14 @@ PLAN = {plan}
 app, {name} = deployed(__name__, PLAN)
 '''
 
-_BORROWED = {
-    "COLDSTART_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
-    "COLDSTART_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
-    "COLDSTART_SESSION_TOKEN": "AWS_SESSION_TOKEN",
-}
-"""A credential's own variable -> the name under which the deploying environment may have it."""
+_OF_GENERATED_APPS = ("write", "snapshot", "web", "gpu", "concurrency", "min_workers", "max_workers", "idle_seconds")
+"""Options that say what a generated app is like: a file that makes its own app says that itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes besides the target. Each option that the block has too overrides the block."""
     add_common_arguments(parser, "app")
-    parser.add_argument("--snapshot", choices=("off", "cpu", "gpu"), help="Modal's own memory snapshots")
+    parser.add_argument("--snapshot", choices=MODAL_SNAPSHOTS, help="Modal's own memory snapshots")
     parser.add_argument("--web", choices=("GET", "POST"), help="also answer HTTP requests of this method")
     parser.add_argument("--environment", metavar="NAME", help="the Modal environment to deploy to")
     parser.add_argument("--write", metavar="FILE", help="write the generated app to FILE and deploy nothing")
@@ -73,6 +73,9 @@ def deploy_command(options: argparse.Namespace, target: Target) -> int:
     if options.delete:
         return _stop(options.name or shape.name, options)
     plan = make_plan(target.path, shape, script, options, environment_now())
+    unsaid = () if script.dependencies else (NO_DEPENDENCIES,)
+    for note in (*notes(script, shape, plan["variables"]), *unsaid):
+        print(f"note: {note}", file=sys.stderr)
     text = app_file(plan)
     if options.write:
         with open(options.write, "w", encoding="utf-8") as file:
@@ -97,7 +100,7 @@ def class_name(name: str) -> str:
     """The class of a handler: ``all-minilm.v2`` is ``AllMinilmV2``."""
     words = name.replace("-", " ").replace("_", " ").replace(".", " ").split()
     joined = "".join(word[:1].upper() + word[1:] for word in words)
-    return joined if joined[:1].isalpha() else f"Handler{joined}"
+    return joined if joined[:1].isalpha() and not keyword.iskeyword(joined) else f"Handler{joined}"
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -110,8 +113,12 @@ def make_plan(
 
     Raises ConfigError listing the declared secrets that are missing, and for a store that containers would not share.
     """
+    check_not_written(shape, script, _REMEDY)
     variables, secret_names = store_variables({**environment, **script.env})
     _check_store(variables)
+    address = variables.get("COLDSTART_STORE", "")
+    if address != config.OFF and not script.modal.secrets:  # those may hold the credentials, and cannot be looked at
+        check_access(address, variables, _REMEDY)
     web = options.web or script.modal.web
     plan = {
         "app": options.name or shape.name,
@@ -173,10 +180,14 @@ def _secrets_from_here(
     missing = [name for name in shape.secrets if not environment.get(name)]
     if missing and not script.modal.secrets:
         raise ConfigError(
-            f"handler {shape.name!r} needs the secrets {', '.join(missing)}: set them where you deploy, or name Modal"
-            " secrets that hold them in [tool.coldstart.modal], secrets = [...]"
+            f"handler {shape.name!r} needs the secrets {', '.join(missing)}: set them where you deploy, {_REMEDY}"
         )
-    of_store = [name if environment.get(name) else _BORROWED[name] for name in sorted(store_secrets)]
+    found = config.given(environment)  # a credential may be there under its AWS name
+    of_store = sorted(
+        found[setting.field].source.variable
+        for setting in config.SETTINGS
+        if setting.variable in store_secrets and setting.field in found
+    )
     return [name for name in dict.fromkeys((*shape.secrets, *of_store)) if environment.get(name)]
 
 
@@ -215,10 +226,10 @@ def _deploy_own_file(options: argparse.Namespace, target: Target) -> int:
     from coldstart.adapters.modal import misplaced
     from coldstart.loading import import_file, prepare_path
 
-    if options.write or options.snapshot or options.web or options.gpu or options.concurrency:
-        raise UsageError(
-            f"{target.path} makes its own app: set GPU, snapshot and web there, in service(app, handler, ...)"
-        )
+    given = [name for name in _OF_GENERATED_APPS if getattr(options, name) is not None]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{option}: {target.path} makes its own app: say it there, in service(app, handler, ...)")
     if options.delete:
         if not options.name:
             raise UsageError("which app is it? give --name NAME")
@@ -235,7 +246,7 @@ def _deploy_own_file(options: argparse.Namespace, target: Target) -> int:
 
 
 def _stop(app: str, options: argparse.Namespace) -> int:
-    return _modal(["app", "stop", app, *_environment_words(options)], dry_run=options.dry_run)
+    return _modal(["app", "stop", "--yes", app, *_environment_words(options)], dry_run=options.dry_run)
 
 
 def _environment_words(options: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import config
 from coldstart.config import MASK
-from coldstart.deploy.variables import store_variables
+from coldstart.deploy.variables import check_access, check_not_written, notes, store_variables
 from coldstart.errors import ConfigError, HandlerError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ MARK = "COLDSTART_HANDLER"
 VOLUME_FOLDER = "/runpod-volume"
 """Where a network volume is mounted in workers."""
 
+_REMEDY = "or name RunPod secrets in [tool.coldstart.runpod.secrets]"
 _QUEUE_DELAY_SECONDS = 4
 _FLASHBOOT = {"off": "OFF", "on": "FLASHBOOT", "priority": "PRIORITY_FLASHBOOT"}
 _MOST_NAME_CHARACTERS = 100
@@ -172,7 +173,7 @@ class _Variables:
         references = {
             variable: f"{{{{ RUNPOD_SECRET_{secret} }}}}" for variable, secret in script.runpod.secrets.items()
         }
-        _check_not_written(shape, script)
+        check_not_written(shape, script, _REMEDY)
         store, store_secrets = store_variables({**environment, **script.env})
         secrets = _secret_values(shape, references, environment)
         ours = {MARK: shape.name}
@@ -181,16 +182,7 @@ class _Variables:
         declared = {name: environment[name] for name in shape.env if name in environment}
         self.all: dict[str, str] = {**declared, **store, **script.env, **secrets, **references, **ours}
         self.secret_names = frozenset({*secrets, *store_secrets} - {*references, *script.env})
-        self.notes = _notes(self.all, references)
-
-
-def _check_not_written(shape: HandlerShape, script: Script) -> None:
-    written = sorted({*shape.secrets} & {*script.env})
-    if written:
-        raise HandlerError(
-            f"{', '.join(written)} in both secrets= and tool.coldstart.env: take it out of the file; set it where you"
-            " deploy, or name a RunPod secret in [tool.coldstart.runpod.secrets]"
-        )
+        self.notes = notes(script, shape, self.all, elsewhere=references)
 
 
 def _secret_values(
@@ -199,8 +191,7 @@ def _secret_values(
     missing = [name for name in shape.secrets if not environment.get(name) and name not in references]
     if missing:
         raise ConfigError(
-            f"handler {shape.name!r} needs the secrets {', '.join(missing)}: set them where you deploy, or name RunPod"
-            " secrets in [tool.coldstart.runpod.secrets]"
+            f"handler {shape.name!r} needs the secrets {', '.join(missing)}: set them where you deploy, {_REMEDY}"
         )
     return {name: environment[name] for name in shape.secrets if name not in references}
 
@@ -208,25 +199,9 @@ def _secret_values(
 def _check_store(variables: Mapping[str, str], script: Script, *, allow_local_store: bool) -> None:
     address = variables.get("COLDSTART_STORE", "")
     if address.startswith(("s3://", "r2://")):
-        _check_access(address, variables)
+        check_access(address, variables, _REMEDY)
     elif address != config.OFF and not allow_local_store:
         _check_folder(address, script)
-
-
-def _check_access(address: str, variables: Mapping[str, str]) -> None:
-    """Workers have no credentials but those they are given."""
-    needed = [
-        ("COLDSTART_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"),
-        ("COLDSTART_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"),
-    ]
-    if address.startswith("r2://"):
-        needed.append(("COLDSTART_R2_ACCOUNT_ID", "COLDSTART_ENDPOINT_URL"))
-    missing = [" or ".join(names) for names in needed if not any(name in variables for name in names)]
-    if missing:
-        raise ConfigError(
-            f"workers could not reach {address} without {', '.join(missing)}: set them where you deploy, or name RunPod"
-            " secrets in [tool.coldstart.runpod.secrets]"
-        )
 
 
 def _check_folder(address: str, script: Script) -> None:
@@ -244,9 +219,3 @@ def _check_folder(address: str, script: Script) -> None:
         f" s3://bucket/prefix, to a folder of a network volume ({VOLUME_FOLDER}/...), or to off; or give"
         " --allow-local-store"
     )
-
-
-def _notes(variables: Mapping[str, str], references: Mapping[str, str]) -> tuple[str, ...]:
-    if "COLDSTART_SESSION_TOKEN" in variables and "COLDSTART_SESSION_TOKEN" not in references:
-        return ("the store's credentials are temporary: workers lose the store when they expire",)
-    return ()

@@ -14,7 +14,7 @@ import urllib.request
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 from coldstart.config import MASK, read_variable
 from coldstart.errors import (
@@ -84,7 +84,7 @@ class RestClient:
         if not (api_key.isascii() and api_key.isprintable()) or " " in api_key or not api_key:
             raise CredentialsError("the API key has characters that no key has: copy it again, without spaces")
         self._api_key = api_key
-        self._hidden = sorted({api_key, *hidden} - {""}, key=len, reverse=True)
+        self._hidden = sorted({form for each in (api_key, *hidden) if each for form in _forms(each)}, key=len, reverse=True)
         self._timeout_seconds = timeout_seconds
         self._sleep = sleep
         on_loopback = urlsplit(self.base_url).scheme == "http"
@@ -135,7 +135,7 @@ class RestClient:
             return None
         try:
             return json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DeployError(f"{what}: the answer is not JSON: {self._shown(data)!r}; is the address right?") from None
 
     def _refusal(self, what: str, error: urllib.error.HTTPError) -> Exception:
@@ -155,7 +155,7 @@ class RestClient:
         """What an error's body says: title, detail and errors of RFC 9457, else its text."""
         try:
             problem = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._shown(data)
         if not isinstance(problem, dict):
             return self._shown(data)
@@ -254,8 +254,19 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """None: a redirect's status is an answer like any other."""
 
 
+def _forms(text: str) -> set[str]:
+    """How an answer may repeat ``text``: as it is, as JSON, as Python shows it, in an address, or with its lines joined."""
+    as_json = (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+    in_address = (quote(text, errors="replace"), quote(text, safe="", errors="replace"), quote_plus(text, errors="replace"))
+    forms = {text, *as_json, repr(text)[1:-1], *in_address}
+    return {form for each in forms for form in (each, " ".join(each.split())) if form}
+
+
 def _checked_base(base_url: str) -> str:
-    parts = urlsplit(base_url)
+    try:
+        parts = urlsplit(base_url)
+    except ValueError as error:
+        raise ConfigError(f"the API's address has to be https://host ({error})") from None
     is_loopback = parts.scheme == "http" and parts.hostname in _LOOPBACK
     if not (parts.scheme == "https" or is_loopback) or not parts.hostname or parts.query or "@" in parts.netloc:
         raise ConfigError(f"the API's address has to be https://host, not {base_url.partition('@')[2] or base_url!r}")
@@ -293,7 +304,7 @@ def _unsure_status(what: str, status: int) -> str:
 def _retry_after(headers: Message) -> float | None:
     """The seconds that a Retry-After header asks for, as a number or a date; None where it asks for nothing."""
     text = (headers.get("Retry-After") or "").strip()
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return float(text)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())

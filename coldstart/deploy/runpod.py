@@ -16,6 +16,7 @@ from coldstart.deploy.plan import make_plan
 from coldstart.deploy.rest import Recorder, runpod_client
 from coldstart.deploy.shape import read_shape
 from coldstart.deploy.sources import source_files
+from coldstart.deploy.variables import NO_DEPENDENCIES
 from coldstart.errors import UsageError
 from coldstart.script import read_script
 
@@ -59,7 +60,8 @@ def deploy_command(options: argparse.Namespace, target: Target) -> int:
     )
     plan_for("")  # what is wrong is told before an image is built
     plan = plan_for(_image(options, target, script))
-    for note in plan.notes:
+    unsaid = () if script.dependencies or options.image else (NO_DEPENDENCIES,)
+    for note in (*plan.notes, *unsaid):
         print(f"note: {note}", file=sys.stderr)
     client = _client(options, plan)
     steps = apply_plan(client, plan)

@@ -84,7 +84,8 @@ class _Collection:
         what = f"include {pattern!r}"
         if os.path.isabs(pattern) or ".." in pattern.split("/"):
             raise HandlerError(f"{self.path}: {what} leads out of {self.folder}: patterns are relative to the file")
-        matches = sorted(glob.glob(pattern, root_dir=self.folder, recursive=True))
+        plain = os.path.normpath(pattern)  # "./assets" is "assets", and no hidden file
+        matches = sorted(glob.glob(plain, root_dir=self.folder, recursive=True))
         kept = [match for match in matches if not any(map(_is_never, match.split(os.sep)))]
         if not kept:
             hidden = " (hidden files and caches are never taken)" if matches else ""

@@ -1,13 +1,17 @@
-"""The environment that workers get from the one that deploys them: the store's settings, and which of them are secret."""
+"""The environment that workers get from the one that deploys them, and what is looked at before anything is sent."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from coldstart import config
+from coldstart.errors import ConfigError, HandlerError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
+
+    from coldstart.deploy.shape import HandlerShape
+    from coldstart.script import Script
 
 STORE_FIELDS = frozenset(
     ("store", "endpoint_url", "region", "access_key_id", "secret_access_key", "session_token", "r2_account_id")
@@ -24,3 +28,48 @@ def store_variables(environment: Mapping[str, str]) -> tuple[dict[str, str], set
     if not variables.get("COLDSTART_STORE", "").startswith(("s3://", "r2://")):
         return {name: text for name, text in variables.items() if name == "COLDSTART_STORE"}, set()
     return variables, {setting.variable for setting in settings if setting.secret}
+
+
+def check_not_written(shape: HandlerShape, script: Script, remedy: str) -> None:
+    """Raise HandlerError for a secret whose value stands in the handler's file. ``remedy``: where else it may be."""
+    secret = {*shape.secrets, *(setting.variable for setting in config.SETTINGS if setting.secret)}
+    written = sorted(secret & {*script.env})
+    if written:
+        raise HandlerError(
+            f"{', '.join(written)} is secret and stands in tool.coldstart.env: take it out of the file; set it where you"
+            f" deploy, {remedy}"
+        )
+
+
+def check_access(address: str, variables: Container[str], remedy: str) -> None:
+    """Raise ConfigError where workers could not reach the store: they have no credentials but those they are given."""
+    needed = [
+        ("COLDSTART_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"),
+        ("COLDSTART_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"),
+    ]
+    if address.startswith("r2://"):
+        needed.append(("COLDSTART_R2_ACCOUNT_ID", "COLDSTART_ENDPOINT_URL"))
+    missing = [" or ".join(names) for names in needed if not any(name in variables for name in names)]
+    if missing:
+        raise ConfigError(
+            f"workers could not reach {address} without {', '.join(missing)}: set them where you deploy, {remedy}"
+        )
+
+
+def notes(
+    script: Script, shape: HandlerShape, variables: Container[str], *, elsewhere: Container[str] = ()
+) -> tuple[str, ...]:
+    """What whoever deploys should know. ``elsewhere``: variables whose values the platform has."""
+    found = []
+    if "COLDSTART_SESSION_TOKEN" in variables and "COLDSTART_SESSION_TOKEN" not in elsewhere:
+        found.append("the store's credentials are temporary: workers lose the store when they expire")
+    if script.gpu or script.runpod.gpu or script.modal.gpu:
+        found.append(
+            f"workers get a GPU, and ctx.device is still 'cpu' in this version: a load that moves its model to the GPU"
+            f" itself works, and {shape.name!r} is then kept as files, not as arrays"
+        )
+    return tuple(found)
+
+
+NO_DEPENDENCIES = "the file names no dependencies (PEP 723), so the image has none but coldstart's own"
+"""What is said where an image is built from a file without any."""

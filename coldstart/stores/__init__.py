@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coldstart.stores.base import Store
+    from coldstart.stores.location import BucketLocation
 
 SCHEMES = ("file", "s3", "r2", "memory")
 """What may stand before ``://`` in a store's address; a plain path is ``file``."""
@@ -60,6 +61,9 @@ def open_store(
     ``memory://NAME`` (shared by name within the process), ``file:///folder`` or a plain path, ``s3://bucket/prefix``,
     ``r2://bucket/prefix``. ``degraded`` is told, in any thread, what of the local cache had to be given up.
     Raises StoreSetupError for an address or options that cannot be used.
+
+    A bucket is read without boto3, and not through a proxy, where the options have what that needs: both keys, and a
+    region or an endpoint. Otherwise boto3 finds them, at once: profiles, SSO, the credentials of a container.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -98,9 +102,18 @@ def _open_folder(path: str) -> Store:
 def _open_remote(url: str, options: StoreOptions) -> Store:
     from coldstart.stores.location import locate
     from coldstart.stores.retrying import RetryingStore
+
+    return RetryingStore(_open_bucket(locate(url, options), options))
+
+
+def _open_bucket(location: BucketLocation, options: StoreOptions) -> Store:
+    from coldstart.stores.s3_reader import ReadingS3Store, reads_directly
+
+    if reads_directly(location, options):
+        return ReadingS3Store(location, options)
     from coldstart.stores.s3 import S3Store
 
-    return RetryingStore(S3Store(locate(url, options), options))
+    return S3Store(location, options)
 
 
 def _cached(store: Store, options: StoreOptions, degraded: Callable[[str], None] | None) -> Store:

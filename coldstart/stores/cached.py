@@ -20,7 +20,7 @@ from, they are in memory, and capturing is off the request path. A proof is run 
 read what the store holds.
 
 **The cache is an optimisation**: whatever the folder does (full, read-only, without flock, gone), the answer comes from
-the store, and ``degraded`` is told once per thing that is given up: locks, then keeping, then the copies that are there.
+the store, and ``degraded`` is told, once for each, that the host does without locks, without new copies, or without any.
 
 It stands outside the retrying wrapper: retries repeat requests, and a copy is none; and while one worker repeats its
 requests to a store in trouble it keeps its turn, so that the others of the host do not add theirs.
@@ -28,6 +28,7 @@ requests to a store in trouble it keeps its turn, so that the others of the host
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 import time
@@ -49,6 +50,8 @@ WAIT_SECONDS = 10.0
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})\Z")
 _MANIFEST = re.compile(r"manifests/[^/]+/[0-9]+-[0-9a-f]+\Z")
 _HASH_LENGTH = 64
+_NO_FLOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""How ``flock`` fails on file systems that have none."""
 
 
 class CachedStore(Store):
@@ -179,9 +182,14 @@ class CachedStore(Store):
                 try:
                     held = turn.enter_context(self._copies.turn(blob, self._clock, WAIT_SECONDS))
                 except OSError as error:
-                    self._give_up_turns(error)
+                    if error.errno in _NO_FLOCK:
+                        self._give_up_turns(error)
+                    else:  # where no lock file can be made, no copy can be
+                        self._give_up_keeping(error)
                 else:
-                    if not held:  # once is enough: whoever is that slow, or stands still, is not waited for at every blob
+                    if (
+                        not held
+                    ):  # once is enough: whoever is that slow, or stands still, is not waited for at every blob
                         self._takes_turns = False
             yield
 
@@ -238,10 +246,7 @@ class CachedStore(Store):
         try:
             self._copies.keep(kind, name, parts)
         except OSError as error:
-            with self._lock:
-                told, self._keeps = not self._keeps, False
-            if not told:
-                self._tell("takes no more copies, those that it has are used", error)
+            self._give_up_keeping(error)
 
     def _drop(self, kind: Kind, name: str) -> None:
         if not self._is_ready():
@@ -256,6 +261,12 @@ class CachedStore(Store):
             told, self._serves, self._keeps = not self._serves, False, False
         if not told:
             self._tell("is not used any more", error)
+
+    def _give_up_keeping(self, error: OSError) -> None:
+        with self._lock:
+            told, self._keeps = not self._keeps, False
+        if not told:
+            self._tell("takes no more copies, those that it has are used", error)
 
     def _give_up_turns(self, error: OSError) -> None:
         with self._lock:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coldstart.stores.base import Capabilities
+from coldstart.stores.cached import CachedStore
 from coldstart.stores.local import LocalStore
 from coldstart.stores.location import locate
 from coldstart.stores.memory import MemoryStore
 from coldstart.stores.retrying import RetryingStore
 from coldstart.stores.s3 import S3Store
+from coldstart.stores.s3_reader import ReadingS3Store
 from coldstart.testing import FakeClock, Fault, FaultyStore, LatencyStore, StoreContract
 
 if TYPE_CHECKING:
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
 def bucket_store(new_s3_bucket: Callable[[], str], s3_options: StoreOptions) -> Iterator[Store]:
     """One store for all tests of S3: making a boto3 client takes longer than most of them."""
     store = S3Store(locate(f"s3://{new_s3_bucket()}/some/prefix", s3_options), s3_options)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def reading_store(new_s3_bucket: Callable[[], str], s3_options: StoreOptions) -> Iterator[Store]:
+    """One store that reads by itself, for the same reason: it writes with a boto3 client."""
+    store = ReadingS3Store(locate(f"s3://{new_s3_bucket()}/some/prefix", s3_options), s3_options)
     yield store
     store.close()
 
@@ -68,6 +78,16 @@ class TestS3(StoreContract):
         return bucket_store
 
 
+class TestReadingS3(StoreContract):
+    """Read over connections of our own, written with boto3."""
+
+    @pytest.fixture
+    def store(self, reading_store: Store) -> Store:
+        for info in reading_store.list(""):
+            reading_store.delete(info.key)
+        return reading_store
+
+
 class TestRetryingUnderFailures(StoreContract):
     """One call in five fails before it takes effect; the wrapper makes that invisible."""
 
@@ -76,6 +96,23 @@ class TestRetryingUnderFailures(StoreContract):
         clock = FakeClock()
         faulty = FaultyStore(MemoryStore(), [Fault("transient_before", times=None, probability=0.2)], clock=clock)
         return RetryingStore(faulty, clock=clock)
+
+
+class TestCached(StoreContract):
+    """A cache so small that copies are evicted all the time."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        return CachedStore(MemoryStore(), str(tmp_path / "cache"), limit_bytes=10_000)
+
+
+class TestCachedWithoutItsFolder(StoreContract):
+    """A cache that had to give up its folder."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Store:
+        (tmp_path / "file").touch()
+        return CachedStore(MemoryStore(), str(tmp_path / "file"), limit_bytes=10_000)
 
 
 class TestFaultyWithoutFaults(StoreContract):
