@@ -6,6 +6,8 @@ annotations are text, and kinds of functions are told by their code flags.
 
 from __future__ import annotations
 
+import sys
+
 from coldstart.errors import HandlerError
 from coldstart.terms import BUFFER_KINDS, SKIPPABLE_PHASES
 
@@ -163,8 +165,14 @@ class Definition:
 
     @property
     def code(self) -> Any:
-        """The code object of the user's function: where it is defined, and what it takes."""
+        """The code object of the user's function: its kind, and what it takes."""
         return code_of(self.function)
+
+    @property
+    def file(self) -> str:
+        """The file that defines the handler: its module's. A decorator below ours has code that lies elsewhere."""
+        module = sys.modules.get((self.owner or self.function).__module__)
+        return getattr(module, "__file__", None) or self.code.co_filename
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

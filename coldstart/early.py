@@ -129,7 +129,7 @@ class Early:
             restoration.put_on(self.timeline)
         self.opener.let_go()
 
-    def wake(self, settings: Settings, changed: Mapping[str, str | None]) -> None:
+    def thaw(self, settings: Settings, changed: Mapping[str, str | None]) -> None:
         """After a freeze: other credentials, and variables of the environment that the platform has changed."""
         self.opener.let_go(settings)
         environment = {**self.environment, **changed}

@@ -102,7 +102,7 @@ class WorkerReady(NamedTuple):
     seconds: float
 
 
-class WorkerWoke(NamedTuple):
+class WorkerThawed(NamedTuple):
     """The platform froze this process and it goes on now; ``kind`` is ``thawed`` or ``platform`` (its own snapshot)."""
 
     name: str
@@ -207,7 +207,7 @@ if TYPE_CHECKING:
         | PhaseSlow
         | FellBack
         | WorkerReady
-        | WorkerWoke
+        | WorkerThawed
         | WorkerFailed
         | StateChanged
         | CaptureBegan

@@ -106,7 +106,7 @@ class Parts:
             log=lambda message, fields: self._services.bus.publish(events.UserLine(definition.name, message, fields)),
             scratch=Path(self._services.settings.files_folder) / definition.name / "downloads",
         )
-        base = Path(definition.code.co_filename).parent
+        base = Path(definition.file).parent
         for name, path in definition.files.items():
             if (base / path).exists():
                 context.keep(base / path, name=name)

@@ -134,10 +134,8 @@ def _recovered(part: Part) -> bool:
 def _origin(definition: Definition) -> Origin:
     """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
     defined = definition.owner or definition.function
-    module = sys.modules.get(defined.__module__)
-    file = getattr(module, "__file__", None) or definition.code.co_filename
-    spec = getattr(module, "__spec__", None)
-    return Origin(os.path.abspath(file), spec.name if spec else defined.__module__, definition.name)
+    spec = getattr(sys.modules.get(defined.__module__), "__spec__", None)
+    return Origin(os.path.abspath(definition.file), spec.name if spec else defined.__module__, definition.name)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RECORD_FORMAT = 1
 
 
-class Woken(NamedTuple):
+class Thaw(NamedTuple):
     """A freeze of the process by its platform: the start kind that it makes, and what was there before it.
 
     ``before``: the record of the start that was ready then, {} if it was not; ``spans``: what was on the timeline.
@@ -39,21 +39,21 @@ def start_record(
     phases: Sequence[PhaseRecord],
     timeline: Timeline,
     report: WarmupReport,
-    woken: Woken | None = None,
+    thaw: Thaw | None = None,
 ) -> dict[str, Any]:
     """Describe a start that has just become ready. Times are seconds since the process began, sizes bytes.
 
-    Where the platform woke a frozen process, they are seconds since then; ``amortised`` has what lay before, which the
+    Where the platform let a frozen process go on, they are seconds since then; ``amortised`` has what lay before, which the
     platform's snapshot pays for once, and ``own_kind`` what the start was without the platform.
     """
-    start = ProcessStart(timeline.clock(), 0.0, "platform") if woken else process_start_seconds()
+    start = ProcessStart(timeline.clock(), 0.0, "platform") if thaw else process_start_seconds()
     info = parts.device.info()
     return {
         "format": RECORD_FORMAT,
         "name": definition.name,
-        "kind": woken.kind if woken else parts.kind,
+        "kind": thaw.kind if thaw else parts.kind,
         "own_kind": parts.kind,
-        "reason": parts.reason or (woken.reason if woken else ""),
+        "reason": parts.reason or (thaw.reason if thaw else ""),
         "recovered_by": _first(part.restored.recovered_by for part in parts.parts if part.restored),
         "rung": _first(
             part.restored.manifest.rung for part in parts.parts if part.restored and part.kind == "restored"
@@ -66,7 +66,7 @@ def start_record(
         "ready_seconds": _rounded(timeline.clock()),
         "phases": _stretches(phases),
         "spans": _stretches(timeline.spans()),
-        "amortised": _amortised(woken),
+        "amortised": _amortised(thaw),
         "bytes": _bytes(parts.parts),
         "engines": sorted({part.restored.report.engine for part in parts.parts if part.restored}),
         "warmup": {"iterations": report.iterations, "memory_bytes": report.memory_bytes},
@@ -77,32 +77,32 @@ def start_record(
     }
 
 
-def woken_record(record: Mapping[str, Any], woken: Woken, timeline: Timeline) -> dict[str, Any]:
-    """The record of a ready worker that its platform froze and woke: nothing was fetched and no phase ran again."""
+def thawed_record(record: Mapping[str, Any], thaw: Thaw, timeline: Timeline) -> dict[str, Any]:
+    """The record of a ready worker that its platform froze and let go on: nothing was fetched and no phase ran again."""
     return {
         **record,
-        "kind": woken.kind,
-        "reason": woken.reason,
+        "kind": thaw.kind,
+        "reason": thaw.reason,
         "process_start_source": "platform",
         "process_start_resolution_seconds": 0.0,
         "process_start_unix_seconds": round(time.time() - timeline.clock(), 3),
         "ready_seconds": _rounded(timeline.clock()),
         "phases": [],
         "spans": _stretches(timeline.spans()),
-        "amortised": _amortised(woken),
+        "amortised": _amortised(thaw),
         "bytes": dict.fromkeys(record["bytes"], 0),
     }
 
 
-def _amortised(woken: Woken | None) -> dict[str, Any] | None:
+def _amortised(thaw: Thaw | None) -> dict[str, Any] | None:
     """What lay before a freeze: phases that had run, spans, why it was no plain restore, the seconds until it was ready."""
-    if woken is None:
+    if thaw is None:
         return None
     return {
-        "phases": woken.before.get("phases", []),
-        "spans": woken.before.get("spans") or _stretches(woken.spans),
-        "ready_seconds": woken.before.get("ready_seconds"),
-        "reason": woken.before.get("reason", ""),
+        "phases": thaw.before.get("phases", []),
+        "spans": thaw.before.get("spans") or _stretches(thaw.spans),
+        "ready_seconds": thaw.before.get("ready_seconds"),
+        "reason": thaw.before.get("reason", ""),
     }
 
 

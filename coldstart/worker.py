@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldstart import events
+from coldstart.after import STOP_SECONDS, AfterReady, attach_sink
 from coldstart.answering import Answering
 from coldstart.config import load as load_settings
 from coldstart.definition import accepts
@@ -27,8 +28,7 @@ from coldstart.loops import Loops
 from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
 from coldstart.parts import Parts
 from coldstart.planning import plan_captures
-from coldstart.record import Woken, start_record, woken_record
-from coldstart.resnapshot import Resnapshot
+from coldstart.record import Thaw, start_record, thawed_record
 from coldstart.thaw import reseed
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
@@ -37,19 +37,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from coldstart.config import Settings
     from coldstart.definition import Definition
     from coldstart.early import Early, Services
-    from coldstart.resnapshot import Outcome, Plan
-
-SINK_QUIET_SECONDS = 1.0
-"""How long a ready worker waits for its first answer before log lines are written after all (importing structlog takes time)."""
-STOP_SECONDS = 2.0
+    from coldstart.resnapshot import Outcome
 
 
 def place_of(definition: Definition) -> tuple[str, int]:
     """Where a handler is defined: two of one name at one place are the same handler, imported twice."""
-    return (os.path.realpath(definition.code.co_filename), definition.code.co_firstlineno)
+    return (os.path.realpath(definition.file), definition.code.co_firstlineno)
 
 
 class Worker(Answering):
@@ -63,14 +58,13 @@ class Worker(Answering):
         self.record: dict[str, Any] = {}
         self.warmup = WarmupReport((), 0, 0)
         self.timeline = early.timeline if early else Timeline(process_clock())
-        self.resnapshot: Resnapshot | None = None
-        self.woken: Woken | None = None
+        self.last_thaw: Thaw | None = None
         """What the platform's last freeze of this process was, if there was one."""
+        self.capture_reason = ""
+        """Why this worker makes no snapshot, "" if it does."""
         self._held = False
-        self._told_to_stop = False
+        self._told_to_stop = threading.Event()
         self._parts: Parts | None = None
-        self._plans: list[Plan] = []
-        self._no_capture_reason = ""
         self._services = services
         self._early = early
         self._loops = Loops(needs_serving_loop=definition.kind in ("async", "async_generator"))
@@ -80,7 +74,7 @@ class Worker(Answering):
         self._error_trace: TracebackType | None = None
         self._start_thread = 0
         self._starter: threading.Thread | None = None
-        self._after: threading.Thread | None = None
+        self._after: AfterReady | None = None
 
     # --- the gate ----------------------------------------------------------------------------------------------------
 
@@ -135,7 +129,7 @@ class Worker(Answering):
     def forked(self) -> None:
         """In a forked child: a ready worker serves on without making snapshots, a starting one has failed."""
         self._lock, self._ended, self._answered = threading.Lock(), threading.Event(), threading.Event()
-        self.resnapshot, self._after, self._plans, self._waiters = None, None, [], []
+        self._after, self._waiters = None, []
         self.metrics = WorkerMetrics()
         if self._early is not None:
             self._early.forget()
@@ -174,8 +168,8 @@ class Worker(Answering):
         if not self._become("ready", only_from=("starting",)):
             self._end(made=True)  # closed meanwhile
             return
-        if not self._held:
-            self._begin_after()
+        if not self._held and self._after is not None:
+            self._after.begin(self.record)
         self._release()
 
     def _start(self) -> None:
@@ -191,7 +185,7 @@ class Worker(Answering):
         parts = Parts(definition, self._services, self.timeline, self._early, self._loops)
         events.bus.publish(events.StartBegan(name, parts.key_digest, self.timeline.clock()))
         state = phases.run("weight_load", parts.load_state)
-        self.kind = self.woken.kind if self.woken else parts.kind
+        self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
         phases.run("pool_alloc", None, reason="the allocation plan lists no memory beyond the arrays")
         compiled = phases.run(
             "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
@@ -205,12 +199,24 @@ class Worker(Answering):
         warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
         report = self.warmup = warmed or WarmupReport((), 0, 0)
         self._parts = parts
-        self._plans, self._no_capture_reason = plan_captures(parts, definition, report, events.bus)
+        plans, reason = plan_captures(parts, definition, report, events.bus)
+        self.capture_reason = "" if plans else reason
         for fetched in parts.restored:
             seconds = fetched.ended_monotonic_seconds - fetched.began_monotonic_seconds
             self.metrics.restores.add(transferred_bytes=fetched.fetched_bytes, seconds=seconds)
         self.metrics.cold.add(self.timeline.clock())
-        self.record = start_record(definition, parts, phases.records, self.timeline, report, self.woken)
+        self.record = start_record(definition, parts, phases.records, self.timeline, report, self.last_thaw)
+        self._after = AfterReady(
+            parts,
+            plans,
+            settings=self._services.settings,
+            policy=definition.policy,
+            answered=self._answered,
+            stopping=self._told_to_stop,
+            idle=self.wait_idle,
+            served=lambda: self._served,
+            saves=self.metrics.saves,
+        )
         events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
 
     def _hook(self, hook: Callable[..., Any] | None, context: Any, state: Any) -> Callable[[], Any] | None:
@@ -239,22 +245,22 @@ class Worker(Answering):
 
     # --- a platform that freezes this process -------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """Before ``begin``: go no further than ready (no log lines, record or capture) until ``go_on`` is called."""
+    def hold_after_ready(self) -> None:
+        """Before ``begin``: go no further than ready (no log lines, record, capture) until ``release_after_ready``."""
         self._held = True
 
     def serve_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the loop that serves, for async hooks that run before anything is awaited on it."""
         self._loops.attach(loop)
 
-    def fetch(self) -> None:
+    def fetch_only(self) -> None:
         """Before ``begin``: bring the snapshot into memory. When this returns, the fetch has left no thread and no connection."""
         self._early = self._early or early_of(self.definition, self._services)
         if self._early is not None:
             self._early.settle()
             self.timeline = self._early.timeline
 
-    def settle(self) -> None:
+    def prepare_freeze(self) -> None:
         """Before the platform freezes this process: run ``before_snapshot``, leave no thread and no connection of ours."""
         hook = self.definition.before_snapshot
         if self.state == "ready" and hook is not None:
@@ -265,7 +271,7 @@ class Worker(Answering):
         if self._starter is not None:
             self._starter.join(STOP_SECONDS)
 
-    def wake(self, kind: str, reason: str, changed: Mapping[str, str | None] | None = None) -> None:
+    def thaw(self, kind: str, reason: str, changed: Mapping[str, str | None] | None = None) -> None:
         """After a freeze: new random state, clock, settings and connections, then the user's ``after_restore``.
 
         ``kind``: ``thawed``, or ``platform`` for the platform's own snapshot. ``changed``: variables that the platform
@@ -277,16 +283,16 @@ class Worker(Answering):
         if self.state == "ready":
             assert self._parts is not None
             self._parts.renew(self._services)
-            self.woken = Woken(kind, reason, self.record, before)
-            self.redo()
-            self.kind, self.record = kind, woken_record(self.record, self.woken, self.timeline)
+            self.last_thaw = Thaw(kind, reason, self.record, before)
+            self.run_after_restore()
+            self.kind, self.record = kind, thawed_record(self.record, self.last_thaw, self.timeline)
         else:
-            self.woken = Woken(kind, reason, {}, before)
+            self.last_thaw = Thaw(kind, reason, {}, before)
             if self._early is not None:
-                self._early.wake(self._services.settings, changed or {})
-        events.bus.publish(events.WorkerWoke(self.definition.name, kind, reason, self.timeline.clock()))
+                self._early.thaw(self._services.settings, changed or {})
+        events.bus.publish(events.WorkerThawed(self.definition.name, kind, reason, self.timeline.clock()))
 
-    def redo(self) -> None:
+    def run_after_restore(self) -> None:
         """Run ``after_restore``: the user's connections, ids and clocks are made anew."""
         hook = self.definition.after_restore
         if hook is not None and self._parts is not None:
@@ -295,67 +301,30 @@ class Worker(Answering):
                 assert run is not None
                 run()
 
-    def go_on(self) -> None:
-        """After ``hold``: do what is left to do after ready."""
-        if self._held and self.state == "ready":
+    def release_after_ready(self) -> None:
+        """After ``hold_after_ready``: do what is left to do after ready."""
+        if self._held and self.state == "ready" and self._after is not None:
             self._held = False
-            self._begin_after()
+            self._after.begin(self.record)
 
     def write_record(self) -> None:
         """Store the record as it is now, best effort, in the background."""
-        if self._parts is not None:
-            threading.Thread(
-                target=self._parts.write_record, args=(self.record,), name="coldstart-record", daemon=True
-            ).start()
+        if self._after is not None:
+            self._after.write_record(self.record)
 
     # --- after ready -------------------------------------------------------------------------------------------------
 
-    def _begin_after(self) -> None:
-        self._after = threading.Thread(target=self._after_ready, name="coldstart-after", daemon=True)
-        self._after.start()
-
-    def _after_ready(self) -> None:
-        """What must not delay the first answer: logs, the start record, and a new generation if one is due."""
-        settings = self._services.settings
-        self._answered.wait(SINK_QUIET_SECONDS)
-        attach_sink(settings)
-        assert self._parts is not None
-        self._parts.write_record(self.record)
-        if self._plans and self.state == "ready" and not self._told_to_stop:
-            self.resnapshot = Resnapshot(
-                self._plans,
-                self._parts.open_repository,
-                encoding=self._parts.encoding,
-                idle=self.wait_idle,
-                idle_seconds=settings.capture_idle_seconds,
-                policy=self.definition.policy,
-                served=lambda: self._served,
-                saves=self.metrics.saves,
-                bus=events.bus,
-            )
-
     def capture_outcomes(self, seconds: float) -> list[Outcome]:
         """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""
-        deadline = time.monotonic() + seconds
-        while self._plans and self.resnapshot is None and not self._told_to_stop and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if self.resnapshot is None:
-            return []
-        self.resnapshot.wait_first(max(0.0, deadline - time.monotonic()))
-        return list(self.resnapshot.outcomes)
-
-    @property
-    def capture_reason(self) -> str:
-        """Why this worker makes no snapshot, or "" if it does."""
-        return self._no_capture_reason if not self._plans else ""
-
-    # --- the end -----------------------------------------------------------------------------------------------------
+        return self._after.outcomes(seconds) if self._after is not None else []
 
     def stop_capture(self) -> None:
         """Begin no capture, and end the one under way: what it has stored is found by the next. Requests go on."""
-        self._told_to_stop = True
-        if self.resnapshot is not None:
-            self.resnapshot.stop(STOP_SECONDS)
+        self._told_to_stop.set()
+        if self._after is not None:
+            self._after.stop()
+
+    # --- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the worker: stop a capture, run the user's ``close``. Safe to call twice.
@@ -371,7 +340,7 @@ class Worker(Answering):
         self._answered.set()
         self._release()
         if ready and self._after is not None:
-            self._after.join(STOP_SECONDS)  # its log lines and the start record are worth that
+            self._after.join()
         self.stop_capture()
         if not starting:
             self._end(made=ready)
@@ -418,19 +387,3 @@ class Worker(Answering):
             self.definition.ready_worker = self if state == "ready" else None
         events.bus.publish(events.StateChanged(self.definition.name, old, state))
         return True
-
-
-_sink_lock = threading.Lock()
-_sink_attached = False
-
-
-def attach_sink(settings: Settings) -> None:
-    """Begin to write log lines, with those kept so far, unless logs are off. Imports structlog: never before an answer."""
-    global _sink_attached  # noqa: PLW0603  once a process
-    with _sink_lock:
-        if _sink_attached or settings.log == "off":
-            return
-        _sink_attached = True
-    from coldstart.sinks import attach_structlog
-
-    attach_structlog(events.bus, settings)

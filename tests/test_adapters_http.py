@@ -265,6 +265,7 @@ def test_so_many_events_at_a_time(function, concurrency):
         (b"[" * 100_000, None, "the body is not JSON: "),
         (b"[1]", None, 'an event is an object with an input, such as {"input": ...}, not a list'),
         (b'{"id": 7, "inputs": 1}', 7, "the event has no input (it has id, inputs)"),
+        (b'{"id": NaN, "inputs": 1}', None, "the event has no input (it has id, inputs)"),
     ],
 )
 def test_what_is_no_event_is_400(body, identity, told):
@@ -290,6 +291,22 @@ async def leave_async(event, model):
     raise SystemExit(3)
 
 
+class Panic(BaseException):
+    """As libraries written in Rust raise it: no Exception."""
+
+
+def panic(event, model):
+    raise Panic
+
+
+async def panic_async(event, model):
+    raise Panic
+
+
+async def interrupt_async(event, model):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("function", "value", "told"),
     [
@@ -299,6 +316,9 @@ async def leave_async(event, model):
         (count_async, "text", "TypeError"),
         (leave, 0, "SystemExit"),
         (leave_async, 0, "SystemExit"),
+        (panic, 0, "Panic"),
+        (panic_async, 0, "Panic"),
+        (interrupt_async, 0, "KeyboardInterrupt"),
         (lambda event, model: {1}, 0, "HandlerError"),
         (lambda event, model: float("nan"), 0, "HandlerError"),
     ],

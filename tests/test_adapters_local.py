@@ -168,6 +168,7 @@ def test_what_a_handler_prints_is_no_answer(capsys):
         (b'{"id": 1, "input": "\xff"}\n', None, "the line is not JSON: "),
         (b"[1]\n", None, 'an event is an object with an input, such as {"input": ...}, not a list'),
         (b'{"id": 7, "inputs": 1}\n', 7, "the event has no input (it has id, inputs)"),
+        (b'{"id": NaN, "inputs": 1}\n', None, "the event has no input (it has id, inputs)"),
     ],
 )
 def test_a_line_that_is_no_event_is_answered_with_the_reason(line, identity, told):
@@ -184,6 +185,22 @@ def test_an_error_of_the_handler_is_its_answer(function):
     wrong, right = served(handler_of(function), *events("text", 1))
     assert wrong["id"] == "event-0"
     assert wrong["error"] == {"type": "TypeError", "message": 'can only concatenate str (not "int") to str'}
+    assert right == {"id": "event-1", "output": 11}
+
+
+def test_a_panic_is_an_answer_too():
+    """What a library written in Rust raises is no Exception: it is told all the same, and the next event is served."""
+
+    class Panic(BaseException):
+        pass
+
+    def handler(event, model):
+        if event["input"] == 0:
+            raise Panic("index out of bounds")
+        return add(event, model)
+
+    wrong, right = served(handler_of(handler), *events(0, 1))
+    assert wrong["error"] == {"type": "Panic", "message": "index out of bounds"}
     assert right == {"id": "event-1", "output": 11}
 
 

@@ -181,7 +181,14 @@ def test_no_store_at_all_can_be_meant(path):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("minilm", "Minilm"), ("all-minilm.v2", "AllMinilmV2"), ("7b_chat", "Handler7bChat"), ("MyModel", "MyModel")],
+    [
+        ("minilm", "Minilm"),
+        ("all-minilm.v2", "AllMinilmV2"),
+        ("7b_chat", "Handler7bChat"),
+        ("MyModel", "MyModel"),
+        ("none", "HandlerNone"),  # the others would be keywords
+        ("true", "HandlerTrue"),
+    ],
 )
 def test_class_names(name, expected):
     """A handler's name becomes the name of a class, an identifier."""

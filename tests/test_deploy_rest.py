@@ -6,6 +6,7 @@ import contextlib
 import socket
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -152,9 +153,29 @@ def test_answers_that_are_no_json_are_told(plane):
     plane.fail_next(1, 200, f"<html>{API_KEY} and hunter2</html>")
     message = refused(plane, DeployError, hidden=["hunter2"])
     assert "the answer is not JSON: '<html>**** and ****</html>'" in message
+    plane.fail_next(1, 200, "[" * 100_000)
+    assert "the answer is not JSON: '[[" in refused(plane, DeployError)
     plane.fail_next(1, 500, "<h1>oops hunter2</h1>")
     plane.fail_next(3, 500, ["a", "list"])
     assert '500 ["a", "list"]' in refused(plane, PlatformBusyError)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda secret: {"title": "bad", "errors": [{"field": "env.KEY", "value": secret}]},
+        lambda secret: {"message": "bad env", "value": secret},
+        lambda secret: f"<html>{secret}</html>",
+        lambda secret: f"/v2/{quote(secret)}/ and {quote_plus(secret)}",
+    ],
+)
+def test_hidden_values_are_masked_in_every_form(plane, said):
+    """A secret of several lines, with quotes, is not to be read where an answer repeats it quoted, escaped or joined."""
+    secret = '-----BEGIN\n"ké/y" {{ x }}\nEND'
+    plane.fail_next(1, 422, said(secret))
+    message = refused(plane, RequestInvalidError, hidden=[secret])
+    assert "****" in message
+    assert "BEGIN" not in message
 
 
 def test_hidden_values_are_masked_longest_first(plane):
@@ -172,6 +193,7 @@ def test_hidden_values_are_masked_longest_first(plane):
         "example.com",
         "https://user:pw@example.com",
         "https://a/?b",
+        "http://[::1",
     ],
 )
 def test_only_https_and_loopback_are_talked_to(address):

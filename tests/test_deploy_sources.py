@@ -80,6 +80,7 @@ def test_declared_files_and_patterns_are_taken(folder):
     folder.write("assets/v.txt", "assets/w.txt", "data/deep/x.bin", "data/y.bin")
     assert folder.names() == ["assets/v.txt", "handler.py"]
     assert folder.names("data") == ["assets/v.txt", "data/deep/x.bin", "data/y.bin", "handler.py"]
+    assert folder.names("./data/") == folder.names("data")
     assert folder.names("**/*.bin", "assets/*") == [
         "assets/v.txt", "assets/w.txt", "data/deep/x.bin", "data/y.bin", "handler.py",
     ]  # fmt: skip

@@ -84,10 +84,23 @@ def test_a_bucket_opens_under_the_retrying_wrapper(scheme: str):
 
 
 def test_without_boto3_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    """A missing boto3 is StoreSetupError with the pip command."""
+    """A missing boto3 is StoreSetupError with the pip command, at the first write: reading does without it."""
     monkeypatch.setitem(sys.modules, "boto3.session", None)
+    store = open_store("s3://bucket", PLANTED)
     with pytest.raises(StoreSetupError, match=r'pip install "coldstart-gpu\[s3\]"'):
-        open_store("s3://bucket", PLANTED)
+        store.put("key", b"")
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "http_proxy"])
+def test_behind_a_proxy_boto3_reads(monkeypatch: pytest.MonkeyPatch, variable: str):
+    """The thin reader knows no proxies, so where the environment names one it is not used."""
+    from coldstart.stores.location import locate
+    from coldstart.stores.s3_reader import reads_directly
+
+    location = locate("s3://bucket", PLANTED)
+    assert reads_directly(location, PLANTED)
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    assert not reads_directly(location, PLANTED)
 
 
 def test_options_show_no_secret():

@@ -173,6 +173,7 @@ SITUATIONS = {
     "a range up to the end": said_range(5, b"0123456789", 15),
     "a shifted range": said_range(6, b"0123456789", 100),
     "a shorter range": said_range(5, b"012345678", 100),
+    "more bytes than the range has": said(bytes(11), status="206 x", Content_Range="bytes 5-14/100"),
     "the end of a short object": said_range(5, b"012345678", 14),
     "all instead of a part": said(bytes(100)),
     "200 with a range": said(bytes(10), Content_Range="bytes 5-14/100"),
@@ -540,8 +541,10 @@ HOSTILE = {
     ),
     "a huge length": Said((OK_HEAD + b"ETag: x\r\nContent-Length: 100000000000000000\r\n\r\ndata",), "close"),
     "another protocol asked for": Said((b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n",), "close"),
-    "many fields": Said((OK_HEAD + b"X: y\r\n" * (HEAD_BYTES // 6 + 1000) + b"\r\n",)),
-    "a long field": Said((OK_HEAD + b"X: " + b"y" * 2 * HEAD_BYTES + b"\r\n\r\n",)),
+    "many fields": Said(
+        (OK_HEAD + b"X: y\r\n" * (HEAD_BYTES // 6 + 1000) + b"ETag: x\r\nContent-Length: 4\r\n\r\ndata",)
+    ),
+    "a long field": Said((OK_HEAD + b"X: " + b"y" * 2 * HEAD_BYTES + b"\r\nETag: x\r\nContent-Length: 4\r\n\r\ndata",)),
     "no end of announcements": Said((b"HTTP/1.1 100 Continue\r\n\r\n" * 100,)),
     "a refusal that ends early": Said((b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n<Error>",), "close"),
     "half a chunk of a refusal": Said(

@@ -29,8 +29,8 @@ from coldstart.registry import enter_serving, worker_for
 handler = import_file("handler.py").handler
 enter_serving()
 worker = worker_for(handler.__coldstart__)
-worker.fetch()
-worker.settle()
+worker.fetch_only()
+worker.prepare_freeze()
 """
 """The beginning of a process whose worker has fetched and may be frozen now."""
 
@@ -77,21 +77,21 @@ def records(tmp_path):
 
 
 def test_a_held_worker_goes_no_further_than_ready(tmp_path):
-    """Before the platform's snapshot there is no log, record or capture; after ``go_on`` there is, once."""
+    """Before the platform's snapshot there is no log, record or capture; after ``release_after_ready`` there is, once."""
     worker = worker_for(handler_of().__coldstart__)
     enter_serving()
-    worker.hold()
+    worker.hold_after_ready()
     worker.wait()
-    worker.settle()
+    worker.prepare_freeze()
     assert (threads(), records(tmp_path)) == ([], [])
-    worker.go_on()
-    worker.go_on()
+    worker.release_after_ready()
+    worker.release_after_ready()
     worker.close()
     assert len(records(tmp_path)) == 1
 
 
 def test_settling_leaves_no_thread_even_where_hooks_are_async():
-    """The private loop of a handler with async hooks ends with ``settle``, and another is made when it is needed."""
+    """The private loop of a handler with async hooks ends with ``prepare_freeze``, and another is made when it is needed."""
     seen = []
 
     async def init(ctx, state):
@@ -102,11 +102,11 @@ def test_settling_leaves_no_thread_even_where_hooks_are_async():
 
     handler = handler_of(init=init, after_restore=after_restore)
     worker = worker_for(handler.__coldstart__)
-    worker.hold()
+    worker.hold_after_ready()
     worker.wait()
-    worker.settle()
+    worker.prepare_freeze()
     assert threads() == []
-    worker.wake("platform", "a test")
+    worker.thaw("platform", "a test")
     assert seen == [("cpu", 10)]
     assert handler({"input": 1}) == 11
 
@@ -122,11 +122,11 @@ def test_the_hooks_run_around_a_freeze_in_their_order():
     os.environ["TOKEN"] = "old"
     try:
         worker = worker_for(handler.__coldstart__)
-        worker.hold()
+        worker.hold_after_ready()
         worker.wait()
-        worker.settle()
+        worker.prepare_freeze()
         os.environ["TOKEN"] = "new"
-        worker.wake("platform", "a test")
+        worker.thaw("platform", "a test")
     finally:
         del os.environ["TOKEN"]
     assert did == [("before", 10), ("after", "new", 10)]
@@ -151,10 +151,10 @@ def test_hooks_of_a_class_are_methods():
             did.append(("after", ctx.kind, self.number))
 
     worker = worker_for(Model.__coldstart__)
-    worker.hold()
+    worker.hold_after_ready()
     worker.wait()
-    worker.settle()
-    worker.wake("platform", "a test")
+    worker.prepare_freeze()
+    worker.thaw("platform", "a test")
     assert did == [("before", 1), ("after", "cold", 1)]
 
 
@@ -165,9 +165,9 @@ def test_waking_gives_new_random_numbers_and_says_so():
     worker.wait()
     random.seed(1)
     expected = random.Random(1).random()
-    worker.wake("thawed", "a test")
+    worker.thaw("thawed", "a test")
     assert random.random() != expected
-    woke = seen.wait_for(events.WorkerWoke)
+    woke = seen.wait_for(events.WorkerThawed)
     assert (woke.kind, woke.reason) == ("thawed", "a test")
     seen.stop()
 
@@ -178,7 +178,7 @@ def test_the_record_of_a_thaw_has_what_lay_before_apart():
     worker.wait()
     before = worker.record
     assert (before["kind"], before["own_kind"], before["amortised"]) == ("cold", "cold", None)
-    worker.wake("thawed", "stood still")
+    worker.thaw("thawed", "stood still")
     after = worker.record
     assert (after["kind"], after["own_kind"], after["reason"]) == ("thawed", "cold", "stood still")
     assert after["phases"] == []
@@ -191,7 +191,7 @@ def test_the_record_of_a_thaw_has_what_lay_before_apart():
 
 
 def test_what_was_fetched_before_a_freeze_is_used_after_it(tmp_path, monkeypatch):
-    """``fetch`` brings the snapshot into memory and leaves no thread; the start after it reads nothing of the store."""
+    """``fetch_only`` brings the snapshot into memory and leaves no thread; the start after it reads nothing of the store."""
     project = project_in(tmp_path)
     project.write(DOUBLED)
     first = project.run()
@@ -199,7 +199,7 @@ def test_what_was_fetched_before_a_freeze_is_used_after_it(tmp_path, monkeypatch
     code = """
 left = [thread.name for thread in threading.enumerate() if thread.name.startswith("coldstart")]
 shutil.rmtree("store")
-worker.wake("platform", "a test", {})
+worker.thaw("platform", "a test", {})
 answer = handler({"input": 3})
 print(json.dumps({"left": left, "answer": answer, "start": worker.record}))
 """
@@ -216,7 +216,7 @@ def test_nothing_found_before_a_freeze_is_looked_for_after_it(tmp_path):
     project.write(DOUBLED)
     code = """
 subprocess.run([sys.executable, "-m", "coldstart", "run", "handler.py", "--json"], check=True, stdout=subprocess.DEVNULL)
-worker.wake("platform", "a test", {})
+worker.thaw("platform", "a test", {})
 answer = handler({"input": 3})
 print(json.dumps({"answer": answer, "start": worker.record}))
 """
@@ -241,7 +241,7 @@ def test_a_variable_that_the_platform_changed_changes_the_key(tmp_path):
         assert project.run(SIZE=size).capture["published"]
     code = """
 os.environ["SIZE"] = "large"
-worker.wake("platform", "a test", {"SIZE": "large"})
+worker.thaw("platform", "a test", {"SIZE": "large"})
 print(json.dumps({"answer": handler({"input": 3}), "start": worker.record}))
 """
     start = settled(project, code, SIZE="small")

@@ -52,7 +52,10 @@ class OnLoop(Direct):
         while not self._ended:
             try:
                 self._loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):  # a handler's: it is its event's answer, and no reason to leave the others
+            except (
+                SystemExit,
+                KeyboardInterrupt,
+            ):  # a handler's: it is its event's answer, and no reason to leave the others
                 continue
 
     def _submit(self, awaitable: Any) -> Any:

@@ -347,11 +347,11 @@ class _Container:
         """The half before Modal's snapshot."""
         worker = self._worker()
         if self._mode == "cpu":
-            worker.fetch()
+            worker.fetch_only()
         else:
-            worker.hold()
+            worker.hold_after_ready()
             worker.wait()
-        worker.settle()
+        worker.prepare_freeze()
         self._mark = _Mark.now()
 
     def after(self) -> None:
@@ -361,11 +361,11 @@ class _Container:
         if self._mark is not None:
             changed = _crossed(self._mark, _Mark.now())
             if changed is not None:
-                worker.wake("platform", f"Modal restored its {self._mode} snapshot of this process", changed)
+                worker.thaw("platform", f"Modal restored its {self._mode} snapshot of this process", changed)
             elif ready:
-                worker.redo()
+                worker.run_after_restore()
         worker.wait()
-        worker.go_on()
+        worker.release_after_ready()
 
     def leave(self) -> None:
         """Give a capture its time, then end the worker."""

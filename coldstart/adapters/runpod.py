@@ -51,7 +51,7 @@ def serve(definition: Definition, handler: Any) -> None:
     enter_serving()
     worker = worker_for(definition)
     worker.begin()
-    options = read_script(_file_of(definition, handler)).runpod
+    options = read_script(definition.file).runpod
     _leave_out_covered_checks(definition)
     sdk = _imported_sdk()
     service = _Service(worker, handler, sdk, options)
@@ -80,7 +80,7 @@ class _Service:
         self._concurrency = settings.concurrency or worker.definition.concurrency
         self._capture_wait_seconds = settings.capture_wait_seconds
         self._watch = FreezeWatch(settings.thaw_seconds) if settings.thaw_seconds else None
-        self._waking: asyncio.Task[None] | None = None
+        self._thawing: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._has_hook = False
@@ -163,13 +163,13 @@ class _Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, call)
 
     async def _gate(self) -> None:
-        """Wait until the worker is ready and, after a freeze, awake."""
+        """Wait until the worker is ready and, after a freeze, thawed."""
         await self._wait_ready()
         frozen_seconds = self._watch.frozen_seconds() if self._watch is not None else 0.0
         if frozen_seconds:
-            self._waking = asyncio.create_task(asyncio.to_thread(self._wake, frozen_seconds))
-        if self._waking is not None:
-            await asyncio.shield(self._waking)
+            self._thawing = asyncio.create_task(asyncio.to_thread(self._thaw, frozen_seconds))
+        if self._thawing is not None:
+            await asyncio.shield(self._thawing)
 
     async def _prestart(self) -> None:
         """What SDK 2.x waits for before it runs jobs. It reports a failure itself, to the jobs that it holds, and leaves.
@@ -202,9 +202,9 @@ class _Service:
             self._give_up()
             raise
 
-    def _wake(self, frozen_seconds: float) -> None:
+    def _thaw(self, frozen_seconds: float) -> None:
         try:
-            self._worker.wake("thawed", f"the platform froze this process for {frozen_seconds:.0f} s")
+            self._worker.thaw("thawed", f"the platform froze this process for {frozen_seconds:.0f} s")
         except Exception:
             self._give_up()
             raise
@@ -327,11 +327,6 @@ def _checked(result: Any) -> Any:
     except (TypeError, ValueError, RecursionError) as error:
         raise unsayable(error) from error
     return {**result} if isinstance(result, dict) else result
-
-
-def _file_of(definition: Definition, handler: Any) -> str:
-    """The file whose block holds for ``handler``: its module's, since another decorator's code may lie elsewhere."""
-    return getattr(sys.modules.get(handler.__module__), "__file__", None) or definition.code.co_filename
 
 
 def _imported_sdk() -> Any:

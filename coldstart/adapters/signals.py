@@ -28,11 +28,11 @@ def on_sigterm(act: Callable[[], None]) -> Iterator[None]:
 def hear_sigterm(handler: Callable[[int, Any], None]) -> Any:
     """Make ``handler`` this process' handler of SIGTERM, and return the one before. Call it in the main thread.
 
-    It is this process' alone: a child that a handler forks dies of SIGTERM as ever. One that heard it as we do would
-    live on, and ``multiprocessing.Pool`` waits for those that it has terminated.
+    It is this process' alone: a child that a user's handler forks dies of SIGTERM as ever. One that heard it as we do
+    would live on, and ``multiprocessing.Pool`` waits for those that it has terminated.
     """
     if not _Heard.forks_are_watched:
-        os.register_at_fork(after_in_child=_forget_in_child)
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_forget)
         _Heard.forks_are_watched = True
     before = signal.signal(signal.SIGTERM, handler)
     _Heard.handler = handler
@@ -46,6 +46,19 @@ class _Heard:
     forks_are_watched = False
 
 
-def _forget_in_child() -> None:
+_forking = threading.local()
+
+
+def _hold_back() -> None:
+    """A SIGTERM that comes while a child has our handler still would be lost: it waits until the child has none."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _forget() -> None:
     if _Heard.handler is not None and signal.getsignal(signal.SIGTERM) is _Heard.handler:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_through()

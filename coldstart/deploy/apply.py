@@ -128,7 +128,9 @@ def _created(client: Client, path: str, body: Mapping[str, Any]) -> str:
     """Create a resource; its id. Raises DeployError for an answer that has none."""
     answer = client.request("POST", path, body)
     if not isinstance(answer, dict) or not answer.get("id"):
-        raise DeployError(f"POST {client.base_url}{path}: the answer has no id; the same command again finds what was made")
+        raise DeployError(
+            f"POST {client.base_url}{path}: the answer has no id; the same command again finds what was made"
+        )
     return str(answer["id"])
 
 

@@ -84,7 +84,9 @@ class RestClient:
         if not (api_key.isascii() and api_key.isprintable()) or " " in api_key or not api_key:
             raise CredentialsError("the API key has characters that no key has: copy it again, without spaces")
         self._api_key = api_key
-        self._hidden = sorted({form for each in (api_key, *hidden) if each for form in _forms(each)}, key=len, reverse=True)
+        self._hidden = sorted(
+            {form for each in (api_key, *hidden) if each for form in _forms(each)}, key=len, reverse=True
+        )
         self._timeout_seconds = timeout_seconds
         self._sleep = sleep
         on_loopback = urlsplit(self.base_url).scheme == "http"
@@ -257,7 +259,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 def _forms(text: str) -> set[str]:
     """How an answer may repeat ``text``: as it is, as JSON, as Python shows it, in an address, or with its lines joined."""
     as_json = (json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-    in_address = (quote(text, errors="replace"), quote(text, safe="", errors="replace"), quote_plus(text, errors="replace"))
+    in_address = (
+        quote(text, errors="replace"),
+        quote(text, safe="", errors="replace"),
+        quote_plus(text, errors="replace"),
+    )
     forms = {text, *as_json, repr(text)[1:-1], *in_address}
     return {form for each in forms for form in (each, " ".join(each.split())) if form}
 

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
         version: str | None
 
         @property
-        def code(self) -> Any:
-            """The code object of the handler's function."""
+        def file(self) -> str:
+            """The file that defines the handler."""
 
     Environment = Callable[[str], str | None]
 
@@ -89,7 +89,7 @@ def key_from_functions(definition: Defined, part: str, *, device_type: str, envi
     with _Computing():
         owner = definition.owner
         path = class_path(owner) if owner is not None else None
-        sources = Sources(path or definition.code.co_filename)
+        sources = Sources(path or definition.file)
         roots = {} if definition.version is not None else _roots_of_objects(sources, definition, part)
         return _record(
             sources,

@@ -8,7 +8,7 @@ One ``ask`` is one attempt on one connection. What keeps it honest:
 - a connection is used again only if its last answer was read to the end and nothing has come since. Where one fails,
   those that lie idle are closed too: a restarted server, or a frozen and woken machine, has lost them all.
 
-Redirects are answers like others. Proxies that the environment names (HTTPS_PROXY ...) are not used. Looking up a
+Redirects are answers like others. It knows no proxies. Looking up a
 host's name has the resolver's own limits of time, not these.
 
 TLS trusts what the system trusts, or the given file alone. ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` work as OpenSSL has

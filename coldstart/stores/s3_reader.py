@@ -6,7 +6,7 @@ listing. Both say of an object just what ``s3.S3Store`` says, in the same errors
 
 - a redirect is never followed: it is an error that names the region or the endpoint to set, where the server says it;
 - a whole object has status 200: boto3 takes a part of it (206) for the whole;
-- proxies that the environment names (HTTPS_PROXY ...) are not used, and certificates are those that ``http1`` tells.
+- it knows no proxies: where the environment names one, boto3 reads; and certificates are those that ``http1`` tells.
   ``AWS_CA_BUNDLE`` names a file of its own for both;
 - a body slower than a floor, and a request longer than its deadline, are given up: see ``http1_answer.Limits``.
 
@@ -58,11 +58,16 @@ _DATE = re.compile(r"[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) (\d{4}) (\d\d):(\d\d)
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+"""Where one of these is set, boto3 reads: it knows proxies, and when not to use one."""
+
+
 def reads_directly(location: BucketLocation, options: StoreOptions) -> bool:
     """Whether all that signing and connecting need is known here, so that ``S3Reader`` can be made."""
     has_credentials = bool(options.access_key_id and options.secret_access_key)
     region = _region(location)
-    return has_credentials and bool(region) and bool(location.endpoint_url or _AWS_REGION.fullmatch(region))
+    is_known = bool(region) and bool(location.endpoint_url or _AWS_REGION.fullmatch(region))
+    return has_credentials and is_known and not any(map(read_variable, _PROXIES))
 
 
 class S3Reader:

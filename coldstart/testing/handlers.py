@@ -45,7 +45,7 @@ def check(handler: Handler[Any, Any] | type, *, inputs: Sequence[Any]) -> CheckR
     not ``restored``, or when an answer differs from that of a process that loaded.
     """
     definition = definition_of(handler)
-    target = f"{definition.code.co_filename}:{definition.name}"
+    target = f"{definition.file}:{definition.name}"
     if not inputs:
         raise CheckFailed("check(handler, inputs=[...]) needs at least one input")
     with tempfile.TemporaryDirectory(prefix="coldstart-check-") as folder:

@@ -141,6 +141,11 @@ def init(ctx, state):
 def raise_(error):
     raise error
 
+class Panic(BaseException):
+    pass
+
+KEPT = {"error": "as told", "kept": 1}
+
 def result_of(order, model):
     return {
         "sum": lambda: {"sum": float(model["scale"].sum())},
@@ -159,6 +164,9 @@ def result_of(order, model):
         "next": lambda: next(iter(())),
         "cancel": lambda: raise_(asyncio.CancelledError()),
         "exit": lambda: sys.exit(3),
+        "panic": lambda: raise_(Panic("index out of bounds")),
+        "kept": lambda: KEPT,
+        "kept again": lambda: KEPT,
     }[order]()
 
 eight = threading.Barrier(8)
@@ -178,6 +186,7 @@ def sync_handler(event, model):
         say("last begins")
         time.sleep(1.5)
         return "finished"
+    event.clear()  # an event is the handler's own
     return result_of(order, model)
 
 @coldstart("async", load=load, close=close, concurrency=4, warmup=["sum"])
@@ -276,6 +285,8 @@ RESULTS = {
     "number": {"output": 1.5},
     "error": {"error": "as told", "output": {"rest": 1}},
     "refresh": {"stopPod": True, "output": {"rest": 1}},
+    "kept": {"error": "as told", "output": {"kept": 1}},
+    "kept again": {"error": "as told", "output": {"kept": 1}},
 }
 """Order -> the body of job-done, as a bare handler of the SDK gives it."""
 
@@ -289,6 +300,7 @@ FAILURES = {
     "next": "StopIteration",
     "cancel": "Cancelled",
     "exit": "SystemExit",
+    "panic": "Panic: index out of bounds",
 }
 """Order -> what the error says."""
 
@@ -437,14 +449,20 @@ REFRESHED = """
 # refresh_worker = true
 # ///
 import sys
+from contextlib import contextmanager
 import numpy as np
 from coldstart import coldstart
 
 def close(model):
     print("closed", file=sys.stderr, flush=True)
 
+@contextmanager
+def traced():
+    yield
+
 @coldstart("refreshed", load=lambda: {"scale": np.ones(4)}, close=close)
-async def handler(event, model):
+@traced()  # as torch.inference_mode() does it: the code of what it makes lies in another file, which has no block
+def handler(event, model):
     return float(model["scale"].sum())
 
 if __name__ == "__main__":
