@@ -172,7 +172,7 @@ class Definition:
     def file(self) -> str:
         """The file that defines the handler: its module's. A decorator below ours has code that lies elsewhere."""
         module = sys.modules.get((self.owner or self.function).__module__)
-        return getattr(module, "__file__", None) or self.code.co_filename
+        return str(getattr(module, "__file__", None) or self.code.co_filename)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

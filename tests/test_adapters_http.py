@@ -296,14 +296,17 @@ class Panic(BaseException):
 
 
 def panic(event, model):
+    """Panics."""
     raise Panic
 
 
 async def panic_async(event, model):
+    """Panics on the loop."""
     raise Panic
 
 
 async def interrupt_async(event, model):
+    """What would end the loop."""
     raise KeyboardInterrupt
 
 

@@ -157,6 +157,25 @@ def test_declared_files_are_kept_before_load(tmp_path, monkeypatch):
     assert handler(lambda event, model: model)({"input": 0}) == {"me": __file__}
 
 
+@contextmanager
+def traced():
+    """Makes functions whose code lies in contextlib, as that of ``torch.inference_mode()`` lies in torch."""
+    yield
+
+
+def test_declared_files_lie_beside_the_handler_whatever_decorates_it(monkeypatch):
+    """A decorator below ours, whose code lies elsewhere, moves neither the handler nor its files."""
+    monkeypatch.setenv("COLDSTART_LOG", "off")
+
+    @coldstart("decorated", load=lambda ctx: dict(ctx.files), files={"me": Path(__file__).name})
+    @traced()
+    def handler(event, model):
+        return model
+
+    assert handler.__coldstart__.code.co_filename != __file__
+    assert handler({"input": 0}) == {"me": __file__}
+
+
 # --- download --------------------------------------------------------------------------------------------------------
 
 

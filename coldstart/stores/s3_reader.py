@@ -63,11 +63,14 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
 
 
 def reads_directly(location: BucketLocation, options: StoreOptions) -> bool:
-    """Whether all that signing and connecting need is known here, so that ``S3Reader`` can be made."""
+    """Whether a bucket is read without boto3: all that ``S3Reader`` needs is known, and no proxy stands before it."""
+    return _is_known(location, options) and not any(map(read_variable, _PROXIES))
+
+
+def _is_known(location: BucketLocation, options: StoreOptions) -> bool:
     has_credentials = bool(options.access_key_id and options.secret_access_key)
     region = _region(location)
-    is_known = bool(region) and bool(location.endpoint_url or _AWS_REGION.fullmatch(region))
-    return has_credentials and is_known and not any(map(read_variable, _PROXIES))
+    return has_credentials and bool(region) and bool(location.endpoint_url or _AWS_REGION.fullmatch(region))
 
 
 class S3Reader:
@@ -84,7 +87,7 @@ class S3Reader:
         limits: Limits = Limits(),  # noqa: B008  a frozen value
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if not reads_directly(location, options):
+        if not _is_known(location, options):
             raise StoreSetupError("reading without boto3 needs both keys, and a region or an endpoint that is known")
         secrets = (options.access_key_id, options.secret_access_key, options.session_token)
         if not all(_HEADER_TEXT.fullmatch(secret) for secret in secrets):
