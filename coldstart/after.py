@@ -55,8 +55,9 @@ class AfterReady:
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Begin, with the record of the start as it is now."""
-        self._thread = threading.Thread(target=self._run, args=(record,), name="coldstart-after", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(record,), name="coldstart-after", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: a worker that is being closed meanwhile could not join it before
 
     def _run(self, record: Mapping[str, Any]) -> None:
         """What must not delay the first answer."""

@@ -45,6 +45,7 @@ def clean_environment_around_all(tmp_path_factory: pytest.TempPathFactory) -> It
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No test sees the settings or the home of whoever runs it, or of the test before, nor leaves anything there."""
     _clean(monkeypatch, tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # commands put the folders of handlers' files first on it
 
 
 @pytest.fixture(scope="session")

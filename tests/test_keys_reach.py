@@ -274,7 +274,7 @@ NOT_CHANGING = {
         LOAD + "X = use(1)\ny = use(2)",
         LOAD + "X = use(1)\ny = use(3)",
     ),
-    "a call of coldstart": (LOAD + "X = []\ncoldstart.subscribe(print)", LOAD + "X = []\ncoldstart.subscribe(len)"),
+    "a call of coldstart": (LOAD + "X = []\ncoldstart.subscribe(print)()", LOAD + "X = []\ncoldstart.subscribe(len)()"),
     "a class attribute that reads a reached value": (
         "X = {}\n" + LOAD + "class C: a = X",
         "X = {}\n" + LOAD + "class C: b = X",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from asyncio import CancelledError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import modal
@@ -40,6 +41,9 @@ EXIT_SECONDS = 15.0
 
 GAP_SECONDS = 10.0
 """A process that stood still this long between its two halves was restored, although Modal has not told it so."""
+
+_LEAVING = (CancelledError, KeyboardInterrupt, GeneratorExit)
+"""What ends a request from outside, and is no answer of the handler's."""
 
 _OWN_NAMES = ("run", "web")
 _made: list[tuple[str, str, Any]] = []
@@ -280,7 +284,9 @@ async def _answer_web(handler: Any, kind: str, given: Any) -> Any:
     try:
         output = await (handler(event) if kind == "async" else asyncio.to_thread(handler, event))
         encoded(output=output)
-    except Exception as error:  # noqa: BLE001  the request's edge: its answer is the error
+    except _LEAVING:
+        raise
+    except BaseException as error:  # noqa: BLE001  the request's edge: its answer is the error, sys.exit and panics too
         from fastapi.responses import JSONResponse
 
         return JSONResponse({"error": described(error)}, status_code=500)
@@ -292,7 +298,9 @@ def _lines(pieces: Any) -> Iterator[str]:
     try:
         for piece in pieces:
             yield encoded(piece=piece) + "\n"
-    except Exception as error:  # noqa: BLE001  the request's edge: the status has been sent
+    except _LEAVING:
+        raise
+    except BaseException as error:  # noqa: BLE001  the request's edge: the status has been sent
         yield encoded(error=described(error)) + "\n"
 
 
@@ -301,7 +309,9 @@ async def _lines_async(pieces: Any) -> AsyncIterator[str]:
     try:
         async for piece in pieces:
             yield encoded(piece=piece) + "\n"
-    except Exception as error:  # noqa: BLE001  the request's edge, as above
+    except _LEAVING:
+        raise
+    except BaseException as error:  # noqa: BLE001  the request's edge, as above
         yield encoded(error=described(error)) + "\n"
 
 

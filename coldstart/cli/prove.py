@@ -30,10 +30,18 @@ def run(options: argparse.Namespace) -> int:
     try:
         result: dict[str, Any] = {"digests": _prove(spec)}
     except Exception as error:  # noqa: BLE001  a process edge: whatever fails here is the proof's verdict
-        result = {"error": f"{error}" if isinstance(error, ColdstartError) else f"{type(error).__name__}: {error}"}
+        result = {"error": f"{error}" if isinstance(error, ColdstartError) else _described(error)}
     with os.fdopen(options.result_fd, "wb") as results:
         results.write(json.dumps(result).encode() + b"\n")
     return 0
+
+
+def _described(error: Exception) -> str:
+    """An error of code that is not ours to know: its type and text, and the line that raised it."""
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
 
 
 def _end_with_parent() -> None:
