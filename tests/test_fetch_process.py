@@ -41,6 +41,19 @@ def request_of(manifest, address, **options):
     return FetchRequest(manifest, open_store(*address), arena_of(manifest), 2, 64 << 20, address=address, **options)
 
 
+def request_of_silence(server):
+    """A request whose fetcher will wait for ``server``, which never answers; threads of this process read from memory."""
+    options = StoreOptions(
+        endpoint_url=f"http://127.0.0.1:{server.getsockname()[1]}",
+        region="us-east-1",
+        access_key_id="id",
+        secret_access_key="secret",
+    )
+    inner = MemoryStore()
+    manifest = stored_chunks(inner, [[(RAW, "raw")]])
+    return FetchRequest(manifest, inner, arena_of(manifest), 1, 1 << 20, address=Address("s3://bucket/prefix", options))
+
+
 def snapshot(address, *codecs, raw=RAW):
     """A stored snapshot with one chunk of each codec."""
     return stored_chunks(open_store(*address), [[(raw, codec) for codec in codecs]], item_bytes=2)
@@ -167,17 +180,7 @@ def test_a_fetcher_that_dies_is_replaced(address, monkeypatch, code):
 def test_a_fetcher_killed_at_work_is_replaced(tmp_path):
     """Killed while it waits for a store, it is replaced by threads that wait for the same store."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        options = StoreOptions(
-            endpoint_url=f"http://127.0.0.1:{server.getsockname()[1]}",
-            region="us-east-1",
-            access_key_id="id",
-            secret_access_key="secret",
-        )
-        inner = MemoryStore()
-        manifest = stored_chunks(inner, [[(RAW, "raw")]])
-        request = FetchRequest(
-            manifest, inner, arena_of(manifest), 1, 1 << 20, address=Address("s3://bucket/prefix", options)
-        )
+        request = request_of_silence(server)
         before = set(children())
         fetch = start_fetch(request, engine="process")
         connection, _ = server.accept()  # the fetcher's: it is at work
@@ -192,17 +195,7 @@ def test_a_fetcher_killed_at_work_is_replaced(tmp_path):
 def test_cancelling_ends_it():
     """``cancel`` ends a fetcher that waits for its store, ``wait`` says so, and no child is left."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        options = StoreOptions(
-            endpoint_url=f"http://127.0.0.1:{server.getsockname()[1]}",
-            region="us-east-1",
-            access_key_id="id",
-            secret_access_key="secret",
-        )
-        inner = MemoryStore()
-        manifest = stored_chunks(inner, [[(RAW, "raw")]])
-        request = FetchRequest(
-            manifest, inner, arena_of(manifest), 1, 1 << 20, address=Address("s3://bucket/prefix", options)
-        )
+        request = request_of_silence(server)
         before = children()
         fetch = start_fetch(request, engine="process")
         connection, _ = server.accept()

@@ -17,21 +17,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from asyncio import CancelledError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import modal
 
-from coldstart.adapters.answers import described, encoded, parsed
+from coldstart.adapters.modal_web import web_function
 from coldstart.config import environment_now, load, read_variable
 from coldstart.definition import CLASS_METHODS, code_of, definition_of, kind_of_code
-from coldstart.errors import EventError, HandlerError
-from coldstart.loading import check_event
+from coldstart.errors import HandlerError
 from coldstart.registry import begin_early, enter_serving, worker_for
 from coldstart.terms import MODAL_SNAPSHOTS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from types import ModuleType
 
     from coldstart.worker import Worker
@@ -41,9 +39,6 @@ EXIT_SECONDS = 15.0
 
 GAP_SECONDS = 10.0
 """A process that stood still this long between its two halves was restored, although Modal has not told it so."""
-
-_LEAVING = (CancelledError, KeyboardInterrupt, GeneratorExit)
-"""What ends a request from outside, and is no answer of the handler's."""
 
 _OWN_NAMES = ("run", "web")
 _made: list[tuple[str, str, Any]] = []
@@ -128,7 +123,7 @@ def _make(
     for method, kind in shape.methods.items():
         body[method] = modal.method()(_further(get_handler, method, kind))
     if web:
-        body["web"] = modal.fastapi_endpoint(method=web)(_web(get_handler, shape.kind, web))
+        body["web"] = modal.fastapi_endpoint(method=web)(web_function(get_handler, shape.kind, web))
     made: Any = type(name, (), {**body, "__module__": module, "__qualname__": name})
     concurrency = load().concurrency or shape.concurrency
     if concurrency > 1:
@@ -245,74 +240,6 @@ def _further(get_handler: Callable[[], Any], name: str, kind: str) -> Callable[.
     chosen = of_kind[kind]
     chosen.__name__ = name
     return chosen
-
-
-def _web(get_handler: Callable[[], Any], kind: str, verb: str) -> Callable[..., Any]:
-    """The web endpoint: an event in, ``{"output": ...}`` out; a stream's pieces come as lines of JSON."""
-
-    async def post(self: Any, event: dict) -> Any:  # type: ignore[type-arg]  # noqa: ARG001  fastapi reads the annotation
-        return await _answer_web(get_handler(), kind, event)
-
-    async def get(self: Any, input: str) -> Any:  # noqa: A002, ARG001
-        return await _answer_web(get_handler(), kind, input)
-
-    chosen: Callable[..., Any] = post if verb == "POST" else get
-    chosen.__annotations__ = {"event": dict} if verb == "POST" else {"input": str}
-    return chosen
-
-
-def _web_event(given: Any) -> dict[str, Any]:
-    """The event of a request: its document, or the JSON text of its input. What is neither is answered with status 400."""
-    from fastapi import HTTPException
-
-    try:
-        event = {"input": parsed(given.encode(), "the input")} if isinstance(given, str) else given
-        return {"id": modal.current_input_id() or "", **check_event(event)}
-    except EventError as error:
-        raise HTTPException(400, str(error)) from error
-
-
-async def _answer_web(handler: Any, kind: str, given: Any) -> Any:
-    import asyncio
-
-    event = _web_event(given)
-    if kind in ("generator", "async_generator"):
-        from fastapi.responses import StreamingResponse
-
-        lines = _lines_async(handler(event)) if kind == "async_generator" else _lines(handler(event))
-        return StreamingResponse(lines, media_type="application/x-ndjson")
-    try:
-        output = await (handler(event) if kind == "async" else asyncio.to_thread(handler, event))
-        encoded(output=output)
-    except _LEAVING:
-        raise
-    except BaseException as error:  # noqa: BLE001  the request's edge: its answer is the error, sys.exit and panics too
-        from fastapi.responses import JSONResponse
-
-        return JSONResponse({"error": described(error)}, status_code=500)
-    return {"output": output}
-
-
-def _lines(pieces: Any) -> Iterator[str]:
-    """A stream's pieces as lines of JSON; an error is its last line."""
-    try:
-        for piece in pieces:
-            yield encoded(piece=piece) + "\n"
-    except _LEAVING:
-        raise
-    except BaseException as error:  # noqa: BLE001  the request's edge: the status has been sent
-        yield encoded(error=described(error)) + "\n"
-
-
-async def _lines_async(pieces: Any) -> AsyncIterator[str]:
-    """The same of an async stream."""
-    try:
-        async for piece in pieces:
-            yield encoded(piece=piece) + "\n"
-    except _LEAVING:
-        raise
-    except BaseException as error:  # noqa: BLE001  the request's edge, as above
-        yield encoded(error=described(error)) + "\n"
 
 
 # --- a container's life ----------------------------------------------------------------------------------------------
