@@ -120,7 +120,8 @@ class RestClient:
                 raise self._refusal(what, error) from None
         except (OSError, HTTPException) as error:
             reason = self._masked(str(getattr(error, "reason", error)) or type(error).__name__)
-            raise _RetryableError(PlatformBusyError(f"{what}: no answer ({reason}){_unsure(method)}")) from None
+            told = f"{what}: no answer ({reason}); check the network{_unsure(method)}"
+            raise _RetryableError(PlatformBusyError(told)) from None
 
     def _http_request(self, method: str, path: str, body: Mapping[str, Any] | None) -> urllib.request.Request:
         data = None if body is None else json.dumps(body).encode()
