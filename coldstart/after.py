@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldstart import events
-from coldstart.resnapshot import Resnapshot
+from coldstart.errors import StoreError
+from coldstart.resnapshot import Resnapshot, lower_priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,13 +64,18 @@ class AfterReady:
     def _run(self, record: Mapping[str, Any]) -> None:
         """What must not delay the first answer."""
         self._answered.wait(SINK_QUIET_SECONDS)
+        from coldstart.sinks import attach_once
+
         try:
-            attach_sink(self._settings)
+            attach_once(self._settings)
             self._parts.write_record(record)
             if self._plans and not self._stopping.is_set():
                 self._resnapshot = self._make_snapshots()
         finally:
             self._settled.set()
+        lower_priority()
+        with suppress(StoreError):  # the store cannot even be opened any more: then there is no place for flat files
+            self._parts.keep_segments(pace=lambda: self._idle(0.0), stop=self._stopping)
 
     def _make_snapshots(self) -> Resnapshot:
         return Resnapshot(
@@ -81,6 +88,7 @@ class AfterReady:
             served=self._served,
             saves=self._saves,
             bus=events.bus,
+            saving=lambda: self._parts.saving,
         )
 
     def write_record(self, record: Mapping[str, Any]) -> None:
@@ -104,19 +112,3 @@ class AfterReady:
         """Give log lines and the record, which are worth that, a moment."""
         if self._thread is not None:
             self._thread.join(STOP_SECONDS)
-
-
-_sink_lock = threading.Lock()
-_sink_attached = False
-
-
-def attach_sink(settings: Settings) -> None:
-    """Begin to write log lines, with those kept so far, unless logs are off. Imports structlog: never before an answer."""
-    global _sink_attached  # noqa: PLW0603  once a process
-    with _sink_lock:
-        if _sink_attached or settings.log == "off":
-            return
-        _sink_attached = True
-    from coldstart.sinks import attach_structlog
-
-    attach_structlog(events.bus, settings)

@@ -225,7 +225,7 @@ def _is_whole(folder: Path, entry: FileEntry, arena: Arena) -> bool:
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_size != entry.length_bytes:
             return False
-        return path.read_bytes() == arena.writable(entry.segment)[entry.offset_bytes :][: entry.length_bytes]
+        return path.read_bytes() == arena.readable(entry.segment)[entry.offset_bytes :][: entry.length_bytes]
     except OSError:
         return False
 
@@ -240,7 +240,7 @@ def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
             path = draft / entry.root / entry.name
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             end = entry.offset_bytes + entry.length_bytes
-            path.write_bytes(arena.writable(entry.segment)[entry.offset_bytes : end])
+            path.write_bytes(arena.readable(entry.segment)[entry.offset_bytes : end])
             path.chmod(entry.mode & 0o700 | 0o400)
         try:
             draft.rename(folder)

@@ -1,9 +1,10 @@
 """Capturing: a surveyed state and its files, chunk by chunk, into a store; the manifest last.
 
-One thread, off the request path: ``pace()`` is called before every chunk and may wait while events are served. A
-chunk is hashed before and after it is copied, and only the copy is encoded and sent, so that a blob is always what its
-name says. Weights and files are hashed once more when all is copied: if any of them changed meanwhile, the generation
-is dropped. Of buffers that are declared to change, each chunk is of one moment.
+One thread, off the request path: ``pace()`` is called before every chunk and may wait while events are served. What is
+hashed, encoded and sent is a copy (``coldstart.save`` does that, in a process of its own where it can), so that a blob
+is always what its name says. Weights and files are hashed once more when all is copied: if any of them is not what was
+copied, the generation is dropped. Of buffers that are declared to change, each chunk is of one moment: it is hashed before
+its copy is.
 
 Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds and that may
 be relied on. Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
@@ -13,23 +14,25 @@ from __future__ import annotations
 
 import bisect
 import os
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import plan
-from coldstart.codecs import choose, encoder
 from coldstart.errors import CaptureError, StateChangedError
 from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
+from coldstart.save import IN_THREAD, Task, Terms, open_saver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from coldstart.caches import FileSource
     from coldstart.frameworks import Survey
-    from coldstart.manifest import KeyRecord, Leaf
-    from coldstart.plan import Item, Layout
+    from coldstart.manifest import KeyRecord, Leaf, Segment
+    from coldstart.plan import Extent, Item, Layout
     from coldstart.repository import Repository
+    from coldstart.save import Saved, Saving
 
 
 class Capture(NamedTuple):
@@ -75,27 +78,70 @@ class _Source(NamedTuple):
     read: Callable[[int, int], memoryview]
 
 
-def write_generation(
-    capture: Capture, repository: Repository, *, encoding: Encoding, pace: Callable[[], None]
-) -> Written:
-    """Write the blobs and the manifest of a new generation.
+class Writing:
+    """A generation that is being written: what to capture, where it lies, and who saves it."""
 
-    Raises StateChangedError when bytes change while they are copied, CaptureError for a file that went away,
-    ManifestError for a state or files that the format has no room for, StoreError.
-    """
-    sources = _array_sources(capture) + _file_sources(capture)
-    layout = plan.layout([source.item for source in sources], parent=capture.parent)
-    writer = _ChunkWriter(capture, repository, layout, sources, encoding)
-    chunks = []
-    for extent in layout.chunks:
-        pace()
-        chunks.append(writer.write(extent))
-    for extent, chunk in zip(layout.chunks, chunks, strict=True):
-        pace()
-        writer.check_unchanged(extent, chunk)
-    manifest = _manifest(capture, layout, sources, tuple(chunks))
-    key = repository.put_manifest(manifest)
-    return Written(manifest, key, writer.written_bytes, writer.reused_bytes)
+    def __init__(
+        self,
+        capture: Capture,
+        repository: Repository,
+        *,
+        encoding: Encoding,
+        saving: Saving = IN_THREAD,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        """Raises CaptureError for a file that went away. The caller calls ``end``, whatever happens."""
+        self._capture = capture
+        self._sources = _array_sources(capture) + _file_sources(capture)
+        self._layout = plan.layout([source.item for source in self._sources], parent=capture.parent)
+        self._chunks = _Chunks(self._layout, self._sources)
+        terms = _terms(capture, self._layout, encoding)
+        self.saver = open_saver(saving, terms, repository, stopping or threading.Event())
+
+    def write(self, pace: Callable[[], None]) -> Written:
+        """Write the blobs and the manifest.
+
+        Raises StateChangedError when bytes change while they are copied, CaptureError for a file that went away and once
+        ``stopping`` is set, ManifestError for a state or files that the format has no room for, StoreError.
+        """
+        extents = self._layout.chunks
+        try:
+            saved = self.saver.save(self._tasks(extents, pace))
+            lasting = [is_lasting(self._layout.segments[extent.segment]) for extent in extents]
+            hashes = self.saver.hashes(
+                self._tasks([extent for extent, lasts in zip(extents, lasting, strict=True) if lasts], pace)
+            )
+        except StateChangedError as error:
+            raise StateChangedError(str(error), snapshot=self._capture.name) from error
+        if hashes != [found.raw_hash for found, lasts in zip(saved, lasting, strict=True) if lasts]:
+            raise StateChangedError("bytes of the state changed while they were copied", snapshot=self._capture.name)
+        chunks = tuple(_chunk(extent, found) for extent, found in zip(extents, saved, strict=True))
+        manifest = _manifest(self._capture, self._layout, self._sources, chunks)
+        key = self.saver.repository.put_manifest(manifest)
+        written_bytes = sum(found.stored_bytes for found in saved if found.is_written)
+        reused_bytes = sum(found.stored_bytes for found in saved if not found.is_written)
+        return Written(manifest, key, written_bytes, reused_bytes)
+
+    def _tasks(self, extents: Sequence[Extent], pace: Callable[[], None]) -> Iterator[Task]:
+        for extent in extents:
+            pace()
+            yield self._chunks.task(extent)
+
+
+def write_generation(
+    capture: Capture,
+    repository: Repository,
+    *,
+    encoding: Encoding,
+    pace: Callable[[], None],
+    saving: Saving = IN_THREAD,
+) -> Written:
+    """Write the blobs and the manifest of a new generation: all of ``Writing`` at once, with its errors."""
+    writing = Writing(capture, repository, encoding=encoding, saving=saving)
+    try:
+        return writing.write(pace)
+    finally:
+        writing.saver.end()
 
 
 def _array_sources(capture: Capture) -> list[_Source]:
@@ -173,21 +219,11 @@ def _file_reader(path: str, length_bytes: int, snapshot: str) -> Callable[[int, 
     return read
 
 
-class _ChunkWriter:
-    """Gathers, hashes, encodes and stores one chunk after another."""
+class _Chunks:
+    """Where the bytes of every chunk are."""
 
-    def __init__(
-        self, capture: Capture, repository: Repository, layout: Layout, sources: Sequence[_Source], encoding: Encoding
-    ) -> None:
-        self.written_bytes = 0
-        self.reused_bytes = 0
-        self._capture = capture
-        self._repository = repository
-        self._layout = layout
-        self._encoding = encoding
-        self._codecs: dict[int, str] = {}
-        self._known = plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {}
-        self._parent_stays = _is_replaced(capture)
+    def __init__(self, layout: Layout, sources: Sequence[_Source]) -> None:
+        self._segments = layout.segments
         self._places: list[list[tuple[int, _Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
             if source.item.length_bytes:
@@ -195,75 +231,64 @@ class _ChunkWriter:
         for places in self._places:
             places.sort(key=lambda entry: entry[0])
 
-    def write(self, extent: plan.Extent) -> Chunk:
-        raw_hash = _hash(self._gather(extent))
-        item_bytes = self._layout.segments[extent.segment].item_bytes
-        known = self._known.get((raw_hash, item_bytes, extent.length_bytes))
-        if known is not None and self._may_reuse(known):
-            self.reused_bytes += known.stored_bytes
-            return known._replace(segment=extent.segment, offset_bytes=extent.offset_bytes)
-        raw = memoryview(bytes(self._gather(extent)))  # live memory may change while it is encoded and sent
-        if _hash(raw) != raw_hash:
-            raise self._changed()
-        codec = self._codec(extent.segment, raw, item_bytes)
-        stored, parameters = encoder(codec, level=self._encoding.level).encode(raw, item_bytes=item_bytes)
-        if len(stored) >= len(raw):
-            codec, stored, parameters = "raw", raw, {}
-        blob = _hash(stored)
-        if self._repository.put_blob(blob, stored, rely_on_stored=not self._capture.mends):
-            self.written_bytes += len(stored)
-        else:
-            self.reused_bytes += len(stored)
-        return Chunk(
-            extent.segment, extent.offset_bytes, extent.length_bytes, raw_hash, codec, parameters, blob, len(stored)
+    def task(self, extent: Extent) -> Task:
+        """The chunk, to be saved or looked at again."""
+        segment = self._segments[extent.segment]
+        return Task(
+            extent.segment, segment.item_bytes, extent.length_bytes, is_lasting(segment), partial(self._pieces, extent)
         )
 
-    def check_unchanged(self, extent: plan.Extent, chunk: Chunk) -> None:
-        """Raise StateChangedError if weights or files are not what was copied. Other kinds are declared to change."""
-        segment = self._layout.segments[extent.segment]
-        is_lasting = segment.kind == "weights" or segment.consumer == plan.FILES
-        if is_lasting and _hash(self._gather(extent)) != chunk.raw_hash:
-            raise self._changed()
-
-    def _changed(self) -> StateChangedError:
-        return StateChangedError("bytes of the state changed while they were copied", snapshot=self._capture.name)
-
-    def _may_reuse(self, known: Chunk) -> bool:
-        """The blobs of the generation that is replaced live until then; any other may be the collector's next."""
-        return self._parent_stays or self._repository.has_blob(known.blob, known.stored_bytes)
-
-    def _codec(self, segment: int, raw: memoryview, item_bytes: int) -> str:
-        """Chosen once per segment, from a sample of its first chunk."""
-        if segment not in self._codecs:
-            self._codecs[segment] = choose(raw, item_bytes=item_bytes, setting=self._encoding.codec)
-        return self._codecs[segment]
-
-    def _gather(self, extent: plan.Extent) -> memoryview:
-        """The raw bytes of a chunk: a view of live memory where one item fills it, else a copy with padding of zeros."""
+    def _pieces(self, extent: Extent) -> Iterator[memoryview]:
+        """The raw bytes of a chunk as they are now: views of live memory, and zeros between them."""
         places = self._places[extent.segment]
-        end = extent.offset_bytes + extent.length_bytes
-        index = max(0, bisect.bisect_right(places, extent.offset_bytes, key=lambda entry: entry[0]) - 1)
-        gathered = memoryview(b"")
+        position, end = extent.offset_bytes, extent.offset_bytes + extent.length_bytes
+        index = max(0, bisect.bisect_right(places, position, key=lambda entry: entry[0]) - 1)
         for offset, source in places[index:]:
             if offset >= end:
                 break
-            begin = max(extent.offset_bytes, offset)
-            stop = min(end, offset + source.item.length_bytes)
+            begin, stop = max(position, offset), min(end, offset + source.item.length_bytes)
             if begin >= stop:
                 continue
-            piece = source.read(begin - offset, stop - offset)
-            if len(piece) == extent.length_bytes:
-                return piece
-            if not gathered:
-                gathered = memoryview(bytearray(extent.length_bytes))
-            gathered[begin - extent.offset_bytes : stop - extent.offset_bytes] = piece
-        return gathered
+            yield from _padding(begin - position)
+            yield source.read(begin - offset, stop - offset)
+            position = stop
+        yield from _padding(end - position)
 
 
-def _hash(data: bytes | memoryview) -> str:
-    from blake3 import blake3
+def _padding(length_bytes: int) -> Iterator[memoryview]:
+    if length_bytes:
+        yield memoryview(bytes(length_bytes))
 
-    return str(blake3(data).hexdigest())
+
+def is_lasting(segment: Segment) -> bool:
+    """Whether the segment's bytes must be the same when all is copied: weights and files. Other kinds are declared to change."""
+    return segment.kind == "weights" or segment.consumer == plan.FILES
+
+
+def _terms(capture: Capture, layout: Layout, encoding: Encoding) -> Terms:
+    lengths = [extent.length_bytes for extent in layout.chunks]
+    return Terms(
+        codec=encoding.codec,
+        level=encoding.level,
+        known=plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {},
+        known_stays=_is_replaced(capture),
+        relies_on_stored=not capture.mends,
+        raw_bytes=sum(lengths),
+        largest_bytes=max(lengths, default=0),
+    )
+
+
+def _chunk(extent: Extent, saved: Saved) -> Chunk:
+    return Chunk(
+        extent.segment,
+        extent.offset_bytes,
+        extent.length_bytes,
+        saved.raw_hash,
+        saved.codec,
+        saved.parameters,
+        saved.blob,
+        saved.stored_bytes,
+    )
 
 
 def _is_replaced(capture: Capture) -> bool:

@@ -80,6 +80,9 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("store", _ADDRESS, "file://{cache}/coldstart", "where snapshots are kept; off: nowhere"),
     _setting("device", _DEVICE, "auto", "where the state lives; auto: cpu, the only one in this version"),
     _setting("fresh", kinds.flag(), False, "ignore snapshots at start and make a new one"),
+    _setting(
+        "progress", kinds.flag(), True, "show a bar while a snapshot is fetched, where standard error is a terminal"
+    ),
     _setting("log", kinds.choice("json", "console", OFF), "console", "form of the log lines on standard error"),
     _setting(
         "log_level",
@@ -101,11 +104,17 @@ SETTINGS: tuple[Setting, ...] = (
         "auto",
         "who reads a snapshot; auto: a process of its own where that pays",
     ),
-    _setting("fetch_threads", kinds.whole(1, 64), 8, "reads from the store at a time"),
+    _setting(
+        "fetch_processes",
+        kinds.whole(0, 16),
+        0,
+        "fetcher processes at most for a large snapshot; 0: one for every two processors, up to 4",
+    ),
+    _setting("fetch_threads", kinds.whole(1, 256), 64, "reads from the store at a time, at most"),
     _setting(
         "memory_budget_bytes",
         kinds.size(1 << 20, 1 << 40),
-        256 << 20,
+        192 << 20,
         "memory of a restore or capture beyond the state itself",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
@@ -113,6 +122,15 @@ SETTINGS: tuple[Setting, ...] = (
         "capture_wait_seconds", kinds.seconds(86_400), 60.0, "how long the end of the process waits for a capture"
     ),
     _setting("capture_idle_seconds", kinds.seconds(86_400), 0.25, "how long no event may run before a capture begins"),
+    _setting(
+        "capture_engine",
+        kinds.choice("auto", "process", "thread"),
+        "auto",
+        "who hashes, encodes and stores; auto: a process of its own where that pays",
+    ),
+    _setting(
+        "capture_bytes_per_second", kinds.size(0, 1 << 40), 0, "how fast a capture may write to the store; 0: no limit"
+    ),
     _setting(
         "concurrency", kinds.whole(0, 1000), 0, "events at a time on a platform's worker; 0: what the decorator says"
     ),
@@ -143,17 +161,21 @@ class Settings(NamedTuple):
     store: str
     device: str
     fresh: bool
+    progress: bool
     log: str
     log_level: str
     codec: str
     zstd_level: int
     skip_phases: tuple[str, ...]
     fetch_engine: str
+    fetch_processes: int
     fetch_threads: int
     memory_budget_bytes: int
     capture: bool
     capture_wait_seconds: float
     capture_idle_seconds: float
+    capture_engine: str
+    capture_bytes_per_second: int
     concurrency: int
     thaw_seconds: float
     start_records: bool

@@ -14,7 +14,7 @@ from coldstart import caches, events
 from coldstart.config import Settings, environment_now
 from coldstart.devices import pick
 from coldstart.errors import KeyUncomputableError
-from coldstart.fetch import Address
+from coldstart.fetch import Address, default_processes
 from coldstart.keys import find_handlers, key_from_functions, key_from_source
 from coldstart.metrics import Timeline, process_clock
 from coldstart.repository import Repository
@@ -211,6 +211,7 @@ def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, se
         files_folder=settings.files_folder,
         address=address_of(settings),
         engine=settings.fetch_engine,
+        processes=settings.fetch_processes or default_processes(),
         pinned=services.pinned.get(name, ""),
         fresh=settings.fresh,
     )

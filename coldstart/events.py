@@ -51,6 +51,15 @@ class SnapshotPassedOver(NamedTuple):
     reason: str
 
 
+class FetchProgress(NamedTuple):
+    """``fetched_bytes`` of ``total_bytes`` are here after ``seconds``. Comes every half second or less often; not kept."""
+
+    name: str
+    fetched_bytes: int
+    total_bytes: int
+    seconds: float
+
+
 class FetchEnded(NamedTuple):
     """All bytes of the snapshot are here and verified."""
 
@@ -201,6 +210,7 @@ if TYPE_CHECKING:
         StartBegan
         | SnapshotFound
         | SnapshotPassedOver
+        | FetchProgress
         | FetchEnded
         | PhaseBegan
         | PhaseEnded
@@ -298,7 +308,8 @@ class EventBus:
             for event, seconds in tuple(self._kept) if item.replay else ():
                 self._deliver(item, event, seconds)
             return
-        self._kept.append(item)
+        if type(item[0]) is not FetchProgress:
+            self._kept.append(item)
         for subscription in self._subscriptions:
             self._deliver(subscription, *item)
 

@@ -7,6 +7,7 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,17 @@ from coldstart.config import read_variable
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
-from coldstart.early import NO_STORE, Early, Services, opener_of_start, restoration_of, snapshot_name
+from coldstart.early import NO_STORE, Early, Services, address_of, opener_of_start, restoration_of, snapshot_name
 from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
 from coldstart.resnapshot import marks_of
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
+from coldstart.save import Saving
+from coldstart.segments import keep_segments
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Mapping
 
     from coldstart.definition import Definition
@@ -307,6 +311,17 @@ class Parts:
         """How new generations are stored."""
         return Encoding(self._services.settings.codec, self._services.settings.zstd_level)
 
+    @property
+    def saving(self) -> Saving:
+        """Who stores new generations, and at what pace."""
+        settings = self._services.settings
+        return Saving(
+            settings.capture_engine,
+            address_of(settings),
+            settings.memory_budget_bytes,
+            settings.capture_bytes_per_second,
+        )
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Store the start record, best effort: a credential that may not write ends it with one event."""
         if not (self._services.uses_store and self._services.settings.start_records) or self._services.pinned:
@@ -315,6 +330,22 @@ class Parts:
             self.open_repository().write_start_record(self._definition.name, dict(record))
         except StoreError as error:
             self._services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
+
+    def keep_segments(self, *, pace: Callable[[], None], stop: threading.Event) -> None:
+        """Write the flat files of what was fetched, so that the next worker of this host maps them. Raises StoreError."""
+        for part in self.parts:
+            if part.restored is not None and part.kind == "restored" and not self._services.pinned:
+                keep_segments(
+                    part.restored.manifest,
+                    self.open_repository().store,
+                    part.restored.arena,
+                    pace=pace,
+                    stop=stop,
+                    degraded=partial(self._degrade, part.snapshot),
+                )
+
+    def _degrade(self, snapshot: str, reason: str) -> None:
+        self._services.bus.publish(events.StoreDegraded(snapshot, reason))
 
     def wants_capture(self, part: Part) -> bool:
         """Whether a part that was loaded may be captured: it has a key, a readable store, and nobody said no."""

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.config import child_environment
 from coldstart.errors import ProofError
+from coldstart.save.priority import give_way
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
 PROOF_SECONDS = 900.0
 """How long a proof may take: a whole start, and the warm-up twice, on a machine that serves at the same time."""
@@ -42,9 +44,20 @@ class Origin(NamedTuple):
 
 
 class Proof:
-    """One proof. ``run`` blocks; ``stop`` from another thread ends the child."""
+    """One proof. ``run`` blocks; ``stop`` from another thread ends the child.
 
-    def __init__(self, origin: Origin, pinned: Mapping[str, str], store_url: str) -> None:
+    ``beside`` is entered with the child's process group while the child works.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        pinned: Mapping[str, str],
+        store_url: str,
+        *,
+        beside: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
+        self._beside = beside
         self._spec = {"file": origin.file, "module": origin.module, "name": origin.name, "pinned": dict(pinned)}
         self._store_url = store_url
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,6 +104,7 @@ class Proof:
         with os.fdopen(reading, "rb") as results, tempfile.TemporaryFile() as errors:
             try:
                 process = self._process = self._child(writing, errors)
+                give_way(process.pid)
             finally:
                 os.close(writing)
             answer = self._converse(process, results)
@@ -115,7 +129,7 @@ class Proof:
             stderr=errors,
             pass_fds=[result_fd],
             env=child_environment({**QUIET, "COLDSTART_STORE": self._store_url}),
-            start_new_session=True,
+            process_group=0,  # no session: Linux may give each one an equal share, whatever the priorities in it
         )
 
     def _converse(self, process: subprocess.Popen[bytes], results: Any) -> bytes:
@@ -133,7 +147,8 @@ class Proof:
             with suppress(BrokenPipeError):  # it ended already: what it said then is among its errors
                 process.stdin.write(question + b"\n")
                 process.stdin.flush()
-            answer: bytes = results.readline()
+            with self._beside(process.pid):
+                answer: bytes = results.readline()
         finally:
             timer.cancel()
             self._end_child()

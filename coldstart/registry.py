@@ -10,6 +10,7 @@ from coldstart import events
 from coldstart.config import load
 from coldstart.early import Services, early_restorations
 from coldstart.errors import HandlerError
+from coldstart.progress import show_progress
 from coldstart.worker import Worker, place_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class _Registry:
         self.serving = False
         self.pinned: Mapping[str, str] = {}
         self.fork_watched = False
+        self.shows_progress = False
 
     def watch_forks(self) -> None:
         if not self.fork_watched:
@@ -102,4 +104,8 @@ def forget_workers() -> None:
 
 
 def _services(serving: bool, pinned: Mapping[str, str]) -> Services:  # noqa: FBT001
-    return Services(load(), serving, pinned, events.bus)
+    settings = load()
+    if not _registry.shows_progress:
+        _registry.shows_progress = True
+        show_progress(events.bus, settings)
+    return Services(settings, serving, pinned, events.bus)

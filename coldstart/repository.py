@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from coldstart.manifest import KeyRecord
-    from coldstart.stores.base import Store
+    from coldstart.stores.base import Store, StoredObject
+
+    Reader = Callable[[str], StoredObject | None]
+    """Gives an object by its key if it has it."""
 
 COLLECTION_GRACE_SECONDS = 24 * 3600.0
 """No collector deletes a blob younger than this, by the store's clock; see ``put_blob``."""
@@ -73,10 +76,10 @@ class Repository:
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
-    def look_up(self, name: str, key: KeyRecord) -> Lookup:
-        """The current generation for a key. Raises StoreError, ManifestError."""
+    def look_up(self, name: str, key: KeyRecord, *, ahead: Reader | None = None) -> Lookup:
+        """The current generation for a key. ``ahead`` may have it read already. Raises StoreError, ManifestError."""
         try:
-            ref, etag = self._read_ref(ref_key(check_name(name), key.digest))
+            ref, etag = self._read_ref(ref_key(check_name(name), key.digest), ahead)
         except FormatVersionError:
             raise
         except ManifestError as error:
@@ -89,18 +92,22 @@ class Repository:
             raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
         return Lookup(ref, etag, ref)
 
-    def manifest(self, key: str, *, name: str) -> Manifest:
+    def manifest(self, key: str, *, name: str, ahead: Reader | None = None) -> Manifest:
         """Read the manifest ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
-        manifest = manifest_from_json(self.store.get(key).data)
+        manifest = manifest_from_json(self._get(key, ahead).data)
         if manifest.name != name:
             raise ManifestError(
                 f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key
             )
         return manifest
 
-    def _read_ref(self, key: str) -> tuple[Ref | None, str]:
+    def _get(self, key: str, ahead: Reader | None) -> StoredObject:
+        found = None if ahead is None else ahead(key)
+        return self.store.get(key) if found is None else found
+
+    def _read_ref(self, key: str, ahead: Reader | None = None) -> tuple[Ref | None, str]:
         try:
-            stored = self.store.get(key)
+            stored = self._get(key, ahead)
         except ObjectMissingError:
             return None, ""
         return ref_from_json(stored.data), stored.etag

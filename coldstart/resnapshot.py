@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
-from coldstart.capture import Encoding, kind_of, write_generation
+from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
-from coldstart.errors import ColdstartError, ManifestError, StateChangedError, StoreError
+from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateChangedError, StoreError
 from coldstart.proof import Proof
+from coldstart.save import IN_THREAD
+from coldstart.save.base import STOPPED
+from coldstart.save.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-    from coldstart.capture import Capture
+    from coldstart.capture import Capture, Written
     from coldstart.frameworks import Survey
     from coldstart.metrics import Transfers
     from coldstart.proof import Origin
     from coldstart.repository import Lookup, Repository
+    from coldstart.save import Saving
 
 
 class Plan(NamedTuple):
@@ -42,7 +47,10 @@ class Plan(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a plan: a published generation, or the reason why there is none."""
+    """What became of a plan: a published generation, or the reason why there is none.
+
+    ``engine``: who hashed, encoded and stored, and why if a process of its own was wanted; "" if nobody had to.
+    """
 
     published: bool
     generation: int
@@ -52,15 +60,19 @@ class Outcome(NamedTuple):
     reused_bytes: int
     seconds: float
     reason: str
+    engine: str = ""
 
     @classmethod
-    def none(cls, reason: str) -> Outcome:
+    def none(cls, reason: str, engine: str = "") -> Outcome:
         """No generation, for ``reason``."""
-        return cls(False, 0, 0, 0, 0, 0, 0.0, reason)
+        return cls(False, 0, 0, 0, 0, 0, 0.0, reason, engine)
 
 
 NOT_COMPARED = "a fresh process started from it, but no answers were compared; give warmup= inputs whose answers repeat"
 """What is said of a generation whose proof was its start alone."""
+
+_REAP_SECONDS = 0.5
+"""How long ending a saver process may take when its time is over."""
 
 POLL_SECONDS = 0.5
 """How often a policy's conditions are looked at."""
@@ -81,6 +93,7 @@ class Resnapshot:
         served: Callable[[], int],
         saves: Transfers,
         bus: events.EventBus,
+        saving: Callable[[], Saving] = lambda: IN_THREAD,
     ) -> None:
         self.outcomes: list[Outcome] = []
         self._first_done = threading.Event()
@@ -93,8 +106,12 @@ class Resnapshot:
         self._idle = idle
         self._idle_seconds = idle_seconds
         self._bus = bus
+        self._saving = saving
         self._proof: Proof | None = None
+        self._writing: Writing | None = None
         self._stopping = threading.Event()
+        self._stop_seconds = 0.0
+        """The moment when what is under way has to be over, once ``stop`` was called."""
         self._thread = threading.Thread(target=self._run, name="coldstart-capture", daemon=True)
         self._thread.start()
 
@@ -103,14 +120,18 @@ class Resnapshot:
         return self._first_done.wait(seconds)
 
     def stop(self, seconds: float) -> None:
-        """Begin no further chunk, end the proof, and give the put under way ``seconds`` to finish."""
+        """Begin no further chunk, end the proof, and give the puts under way ``seconds`` to finish."""
+        self._stop_seconds = time.monotonic() + seconds
         self._stopping.set()
         if self._proof is not None:
             self._proof.stop()
-        self._thread.join(seconds)
+        writing = self._writing
+        if writing is not None:
+            writing.saver.stop()
+        self._thread.join(seconds + _REAP_SECONDS)
 
     def _run(self) -> None:
-        _lower_priority()
+        lower_priority()
         for plan in self._plans:
             if plan.due_at_once:
                 self._attempt(plan)
@@ -128,8 +149,16 @@ class Resnapshot:
             outcome = self._make(plan, began)
         except Exception as error:  # noqa: BLE001  an edge of the process: a failing capture must not take the worker along
             self._bus.publish(events.CaptureFailed(plan.capture.name, events.error_text(error)))
-            outcome = Outcome.none(str(error) if isinstance(error, ColdstartError) else events.error_text(error))
+            reason = str(error) if isinstance(error, ColdstartError) else events.error_text(error)
+            outcome = Outcome.none(reason, self._writing.saver.engine if self._writing else "")
+        finally:
+            self._end_writing()
         self.outcomes.append(outcome)
+
+    def _end_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.saver.end(max(0.0, self._stop_seconds - time.monotonic()))
 
     def _make(self, plan: Plan, began: float) -> Outcome:
         self._idle(self._idle_seconds)
@@ -139,23 +168,40 @@ class Resnapshot:
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
         capture = _with_parent(plan.capture, replaces, repository)
-        self._bus.publish(
-            events.CaptureBegan(
-                capture.name, capture.generation, "no usable snapshot" if plan.due_at_once else "policy"
-            )
+        reason = "no usable snapshot" if plan.due_at_once else "policy"
+        self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
+        self._writing = Writing(
+            capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self._stopping
         )
-        written = write_generation(capture, repository, encoding=self._encoding, pace=self._pace)
+        saver = self._writing.saver
+        with self._between_events(saver.group):
+            written = self._writing.write(self._pace)
         self._check_unchanged(plan)
-        self._proof = Proof(plan.origin, {capture.name: written.manifest_key}, repository.store.url)
+        self._proof = Proof(
+            plan.origin, {capture.name: written.manifest_key}, repository.store.url, beside=self._between_events
+        )
         compared = self._proof.run(capture.warmup_digests)
         if self._stopping.is_set():
-            return Outcome.none("the worker ended before the generation was published")
-        repository.publish(written.manifest, written.manifest_key, replaces=replaces)
-        manifest, seconds = written.manifest, time.monotonic() - began
+            return Outcome.none("the worker ended before the generation was published", saver.engine)
+        saver.repository.publish(written.manifest, written.manifest_key, replaces=replaces)
+        return self._published(written, time.monotonic() - began, "" if compared else NOT_COMPARED, saver.engine)
+
+    @contextmanager
+    def _between_events(self, group: int) -> Iterator[None]:
+        """While the block runs, a process group (0: none) works only between events, or for moments beside them."""
+        turns = Turns(group, self._idle) if group else None
+        try:
+            yield
+        finally:
+            if turns is not None:
+                turns.end()
+
+    def _published(self, written: Written, seconds: float, reason: str, engine: str) -> Outcome:
+        manifest = written.manifest
         self._saves.add(transferred_bytes=written.written_bytes, seconds=seconds)
         self._bus.publish(
             events.CaptureEnded(
-                capture.name,
+                manifest.name,
                 manifest.generation,
                 manifest.raw_bytes,
                 written.written_bytes,
@@ -171,13 +217,14 @@ class Resnapshot:
             written.written_bytes,
             written.reused_bytes,
             seconds,
-            "" if compared else NOT_COMPARED,
+            reason,
+            engine,
         )
 
     def _pace(self) -> None:
         """Between two chunks: give way to events for a moment, and end when the worker does."""
         if self._stopping.is_set():
-            raise StateChangedError("the worker ended while its state was captured; the previous generation stays")
+            raise CaptureError(STOPPED)
         self._idle(0.0)
 
     def _check_unchanged(self, plan: Plan) -> None:
@@ -234,7 +281,7 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
 
 
-def _lower_priority() -> None:
+def lower_priority() -> None:
     """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
     import os
     import sys

@@ -13,19 +13,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
 from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError
-from coldstart.fetch import FetchRequest, start_fetch
+from coldstart.fetch import FetchRequest, look_ahead, start_fetch
+from coldstart.fetch.crew import Bounds
 from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
+from coldstart.manifest import ref_key
 from coldstart.metrics import Span
+from coldstart.segments import map_segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coldstart.devices.base import Arena, Device
+    from coldstart.fetch.ahead import Ahead
     from coldstart.fetch.base import Address, Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
     from coldstart.repository import Lookup, Repository
+    from coldstart.stores.base import StoredObject
 
 
 class Request(NamedTuple):
@@ -41,6 +46,8 @@ class Request(NamedTuple):
     address: Address | None = None
     """The store's, for another process to open it."""
     engine: str = "auto"
+    processes: int = 1
+    """Fetcher processes at most."""
     pinned: str = ""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
@@ -91,8 +98,9 @@ class Restoration:
         self._found = threading.Event()
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self._is_on_timeline = False
+        self._ahead = self._look_ahead()
         self._under_way: Fetch | None = None
         self._thread = threading.Thread(target=self._run, name=f"coldstart-restore-{request.name}", daemon=True)
         self._thread.start()
@@ -128,9 +136,10 @@ class Restoration:
 
     def cancel(self) -> None:
         """The snapshot is not wanted (its key turned out to be another): stop soon."""
-        self._cancelled = True
-        if self._under_way is not None:
-            self._under_way.cancel()
+        self._cancelled.set()
+        for work in (self._ahead, self._under_way):
+            if work is not None:
+                work.cancel()
 
     def _run(self) -> None:
         try:
@@ -140,6 +149,8 @@ class Restoration:
         finally:
             self.ended_monotonic_seconds = time.monotonic()
             self._found.set()
+            if self._ahead is not None:
+                self._ahead.end()
 
     def _restore(self) -> Outcome:
         request = self.request
@@ -147,7 +158,7 @@ class Restoration:
             repository = request.open_repository()
             if request.pinned:
                 return self._fetch(repository, request.pinned, "none", None)
-            lookup = repository.look_up(request.name, request.key)
+            lookup = repository.look_up(request.name, request.key, ahead=self._read_ahead)
         except (StoreError, SnapshotError, DeviceError) as error:
             return Unusable(_reason(error), None)
         if lookup.ref is None:
@@ -171,21 +182,47 @@ class Restoration:
 
     def _fetch(self, repository: Repository, key: str, recovered_by: str, lookup: Lookup | None) -> Restored:
         request = self.request
-        manifest = repository.manifest(key, name=request.name)
+        manifest = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
-        arena = request.device.allocate([segment.length_bytes for segment in manifest.segments])
         self._manifest = manifest
-        self.found_monotonic_seconds = time.monotonic()
+        ahead_seconds = self._ahead.found_monotonic_seconds if self._ahead is not None else 0.0
+        self.found_monotonic_seconds = ahead_seconds or time.monotonic()
         self._found.set()
         self._bus.publish(
             events.SnapshotFound(
                 request.name, manifest.generation, manifest.rung, manifest.raw_bytes, manifest.stored_bytes
             )
         )
-        fetch = self._under_way = start_fetch(
+        arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
+        self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
+        for reason in report.degraded:
+            self._degrade(reason)
+        if report.retried_chunks and recovered_by == "none":
+            recovered_by = "chunk_retry"
+        return Restored(manifest, key, arena, report, recovered_by, lookup)
+
+    def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
+        """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
+        request = self.request
+        if request.pinned:
+            return None
+        return map_segments(
+            manifest,
+            repository.store,
+            request.device,
+            threads=request.threads,
+            stop=self._cancelled,
+            degraded=self._degrade,
+        )
+
+    def _fetched(self, repository: Repository, manifest: Manifest, key: str) -> tuple[Arena, FetchReport]:
+        request = self.request
+        arena = self._arena(manifest, key)
+        fetch = self._under_way = self._begin(
             FetchRequest(
                 manifest,
                 repository.store,
@@ -194,19 +231,44 @@ class Restoration:
                 request.budget_bytes,
                 verify_raw=bool(request.pinned),
                 address=request.address,
+                progress=self._progressed,
+                processes=request.processes,
             ),
-            engine=request.engine,
+            key,
         )
-        if self._cancelled:
+        if self._cancelled.is_set():
             fetch.cancel()
-        report = fetch.wait()
-        seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
-        self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
-        for reason in report.degraded:
-            self._bus.publish(events.StoreDegraded(request.name, reason))
-        if report.retried_chunks and recovered_by == "none":
-            recovered_by = "chunk_retry"
-        return Restored(manifest, key, arena, report, recovered_by, lookup)
+        return arena, fetch.wait()
+
+    def _arena(self, manifest: Manifest, key: str) -> Arena:
+        """Memory for the segments: that which is being filled already, if there is one."""
+        lengths = [segment.length_bytes for segment in manifest.segments]
+        filling = None if self._ahead is None else self._ahead.arena_fd(key)
+        return self.request.device.allocate(lengths) if filling is None else self.request.device.adopt(filling, lengths)
+
+    def _degrade(self, reason: str) -> None:
+        self._bus.publish(events.StoreDegraded(self.request.name, reason))
+
+    def _look_ahead(self) -> Ahead | None:
+        """Spawn the fetcher at once, by whoever begins: a thread of ours would wait for the imports at every file it opens."""
+        request = self.request
+        if request.device.type != "cpu" or request.pinned or request.fresh:
+            return None
+        bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
+        return look_ahead(request.address, ref_key(request.name, request.key.digest), bounds, engine=request.engine)
+
+    def _read_ahead(self, key: str) -> StoredObject | None:
+        return None if self._ahead is None else self._ahead.read(key)
+
+    def _begin(self, request: FetchRequest, key: str) -> Fetch:
+        """Fetch with whoever has looked the manifest up, if it can, or with the engine that is asked for."""
+        fetch = None if self._ahead is None else self._ahead.fetch(request, key)
+        return fetch or start_fetch(request, engine=self.request.engine)
+
+    def _progressed(self, fetched_bytes: int) -> None:
+        assert self._manifest is not None
+        seconds = time.monotonic() - self.found_monotonic_seconds
+        self._bus.publish(events.FetchProgress(self.request.name, fetched_bytes, self._manifest.stored_bytes, seconds))
 
 
 def _reason(error: ColdstartError) -> str:

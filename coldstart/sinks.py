@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,6 +15,7 @@ from coldstart.config import MASK, SETTINGS
 from coldstart.events import (
     CaptureFailed,
     FellBack,
+    FetchProgress,
     PhaseBegan,
     PhaseSlow,
     StateChanged,
@@ -22,6 +24,7 @@ from coldstart.events import (
     UserLine,
     WeightsChanged,
     WorkerFailed,
+    bus,
     error_text,
 )
 
@@ -46,6 +49,10 @@ _LEVELS: Mapping[type[Any], str] = {
 """Every other event is ``info``."""
 
 
+PROGRESS_LINE_SECONDS = 5.0
+"""How far apart the lines are that say how far a fetch is."""
+
+
 def attach_structlog(bus: EventBus, settings: Settings, *, stream: TextIO | None = None) -> Callable[[], None]:
     """Write the events of ``bus``, past ones first, to ``stream`` (default: standard error); returns what ends it.
 
@@ -65,13 +72,41 @@ def attach_structlog(bus: EventBus, settings: Settings, *, stream: TextIO | None
         context_class=dict,
     )
 
+    paces: dict[str, float] = {}
+
     def write(event: Event, published_seconds: float) -> None:
+        if isinstance(event, FetchProgress) and not _is_due(paces, event.name, published_seconds):
+            return
         level = _LEVELS.get(type(event), "info")
         getattr(logger, level)(
             event_name(type(event)), timestamp=_timestamp(published_seconds), level=level, **_fields(event)
         )
 
     return bus.subscribe(write, replay=True, stamped=True)
+
+
+_lock = threading.Lock()
+_attached = False
+
+
+def attach_once(settings: Settings) -> None:
+    """``attach_structlog`` to this process' bus, with the events kept so far; the second call does nothing.
+
+    Imports structlog: not before the first answer, unless the start takes so long that people want to see where it is.
+    """
+    global _attached  # noqa: PLW0603  once a process
+    with _lock:
+        if _attached or settings.log == "off":
+            return
+        _attached = True
+    attach_structlog(bus, settings)
+
+
+def _is_due(paces: dict[str, float], name: str, now_seconds: float) -> bool:
+    if now_seconds < paces.get(name, 0.0) + PROGRESS_LINE_SECONDS:
+        return False
+    paces[name] = now_seconds
+    return True
 
 
 def event_name(kind: type[Any]) -> str:
@@ -83,6 +118,10 @@ def _fields(event: Event) -> dict[str, Any]:
     """An event's fields. The user's own, whose names may be any, stay together under one name."""
     if isinstance(event, UserLine):
         return {"name": event.name, "message": event.message, "fields": dict(event.fields)}
+    if isinstance(event, FetchProgress):
+        rate = event.fetched_bytes / event.seconds if event.seconds else 0.0
+        left = (event.total_bytes - event.fetched_bytes) / rate if rate else None
+        return {**event._asdict(), "bytes_per_second": round(rate), "left_seconds": left}
     return event._asdict()
 
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldstart import events
-from coldstart.after import STOP_SECONDS, AfterReady, attach_sink
+from coldstart.after import STOP_SECONDS, AfterReady
 from coldstart.answering import Answering
 from coldstart.config import load as load_settings
 from coldstart.definition import accepts
@@ -365,7 +365,9 @@ class Worker(Answering):
         if not self._become("failed", only_from=("starting",)):
             self._end(made=False)  # closed meanwhile
         self._release()
-        attach_sink(self._services.settings)
+        from coldstart.sinks import attach_once  # a failed start: nothing is waited for any more
+
+        attach_once(self._services.settings)
 
     def _release(self) -> None:
         with self._lock:

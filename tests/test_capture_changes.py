@@ -252,11 +252,11 @@ def test_weights_written_while_a_blob_is_sent_do_not_reach_it(clock, codec):
 
 def test_a_torn_copy_is_noticed(repository, monkeypatch):
     """Bytes that change between the hash of a chunk and its copy drop the generation at once."""
-    from coldstart import capture
+    from coldstart.save import here
 
     state = {"w": np.zeros(MIB, np.uint8)}
-    hash_as_ever = capture._hash
-    monkeypatch.setattr(capture, "_hash", lambda data: (hash_as_ever(data), state["w"].__iadd__(1))[0])
+    hash_as_ever = here.hash_of
+    monkeypatch.setattr(here, "hash_of", lambda data: (hash_as_ever(data), state["w"].__iadd__(1))[0])
     with pytest.raises(StateChangedError):
         write(capture_of(state, kinds={'["w"]': "other"}), repository)
 

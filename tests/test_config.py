@@ -33,7 +33,7 @@ def test_without_any_variable_all_values_are_defaults():
     assert settings.store == "file:///home/ada/.cache/coldstart"
     assert settings.files_folder == "/home/ada/.cache/coldstart-files"
     assert (settings.device, settings.log, settings.log_level, settings.codec) == ("auto", "console", "info", "auto")
-    assert (settings.zstd_level, settings.fetch_threads, settings.memory_budget_bytes) == (1, 8, 256 << 20)
+    assert (settings.zstd_level, settings.fetch_threads, settings.memory_budget_bytes) == (1, 64, 192 << 20)
     assert (settings.capture, settings.start_records) == (True, True)
     assert settings.fresh is False
     assert (settings.capture_wait_seconds, settings.capture_idle_seconds) == (60.0, 0.25)

@@ -18,6 +18,7 @@ from coldstart import config, events, sinks
 from coldstart.events import (
     CaptureFailed,
     EventBus,
+    FetchProgress,
     PhaseBegan,
     PhaseEnded,
     StateChanged,
@@ -269,6 +270,14 @@ def test_names_of_fields_carry_units():
     assert all(re.fullmatch("(.*_)?(seconds|bytes)|generation|files", field) for field in numbers)
 
 
+def test_progress_is_not_kept():
+    """Who subscribes later does not see how far a fetch once was."""
+    bus, seen = EventBus(), []
+    bus.publish(FetchProgress("minilm", 1, 2, 3.0))
+    bus.subscribe(seen.append, replay=True)
+    assert seen == []
+
+
 # --- the log ---------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +317,7 @@ def test_console_lines_are_for_people():
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not FetchProgress], ids=lambda kind: kind.__name__)
 def test_every_event_is_one_line(kind, form):
     """Each kind of event gives exactly one line that begins with its name in snake case and names its fields."""
     (line,) = logged([sample(kind)], log=form, log_level="debug")

@@ -11,12 +11,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coldstart import fetch as engines
 from coldstart.errors import BlobCorruptError, ObjectMissingError, SnapshotError
 from coldstart.fetch import Address, FetchRequest, start_fetch
+from coldstart.fetch.crew import BYTES_PER_FETCHER, Bounds, next_chunk, queue_of, share_of
 from coldstart.fetch.process import can_start
 from coldstart.manifest import blob_key
 from coldstart.stores import StoreOptions, open_store
@@ -271,3 +275,102 @@ def test_a_start_says_which_engine_fetched(tmp_path):
         start = project.run(COLDSTART_FETCH_ENGINE=engine)
         assert (start.kind, start.output, start.record["engines"]) == ("restored", first.output, [engine])
     assert json.dumps(start.record)
+
+
+# --- several fetchers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crew_of_three(monkeypatch):
+    """Any snapshot is large enough for three fetchers."""
+    monkeypatch.setattr("coldstart.fetch.crew.BYTES_PER_FETCHER", 1)
+
+
+def test_several_fetchers_share_one_snapshot(address, crew_of_three):
+    """Each chunk is fetched by one of three processes, all of them land bit for bit, and no child is left."""
+    codecs = ("raw", "zstd", "planes+zstd") * 20
+    manifest = snapshot(address, *codecs)
+    before, placed = children(), []
+    request = request_of(manifest, address, processes=3, verify_raw=True, progress=placed.append)
+    report = start_fetch(request, engine="process").wait()
+    assert report.engine == "3 processes"
+    assert report.fetched_bytes == sum(chunk.stored_bytes for chunk in manifest.chunks)
+    assert bytes(request.arena.writable(0)) == RAW * len(codecs)
+    assert children() == before
+
+
+def test_fetchers_that_cannot_be_had_are_done_without(address, crew_of_three, monkeypatch):
+    """Where the system gives one process and no more, that one fetches everything."""
+    manifest, spawn, spawned = snapshot(address, *["raw"] * 9), os.posix_spawn, []
+
+    def once(*args, **options):
+        if spawned:
+            raise OSError(11, "no more processes")
+        spawned.append(1)
+        return spawn(*args, **options)
+
+    monkeypatch.setattr(os, "posix_spawn", once)
+    request = request_of(manifest, address, processes=3)
+    assert start_fetch(request, engine="process").wait().engine == "process"
+    assert bytes(request.arena.writable(0)) == RAW * 9
+
+
+def test_one_dead_fetcher_of_several_is_replaced_by_threads(address, crew_of_three, monkeypatch):
+    """What the dead one had taken from the queue nobody else would fetch: threads of this process fetch all of it."""
+    manifest, spawn, spawned = snapshot(address, *["raw"] * 9), os.posix_spawn, []
+
+    def second_dies(path, arguments, environment, **options):
+        spawned.append(1)
+        if len(spawned) == 2:
+            arguments = [*arguments[:-1], "import os; os.read(3, 1); os._exit(3)"]
+        return spawn(path, arguments, environment, **options)
+
+    monkeypatch.setattr(os, "posix_spawn", second_dies)
+    request = request_of(manifest, address, processes=3)
+    assert start_fetch(request, engine="process").wait().engine == "threads (the fetcher process ended early)"
+    assert bytes(request.arena.writable(0)) == RAW * 9
+
+
+def test_an_error_of_one_ends_all(address, crew_of_three):
+    """A blob that is gone fails the fetch with the error of whoever wanted it, and every fetcher ends."""
+    manifest = stored_chunks(open_store(*address), [[(os.urandom(1 << 10), "raw") for _ in range(30)]])
+    open_store(*address).delete(blob_key(manifest.chunks[-1].blob))
+    before = children()
+    with pytest.raises(ObjectMissingError):
+        start_fetch(request_of(manifest, address, processes=3), engine="process").wait()
+    assert children() == before
+
+
+@given(order=st.lists(st.integers(0, 2**32 - 1), max_size=50), readers=st.integers(1, 4))
+def test_a_queue_gives_each_index_once(order, readers):
+    """However many read from it, every index comes once, in order for each of them."""
+    queue_fd = queue_of(order)
+    got = [[] for _ in range(readers)]
+
+    def take(mine):
+        while (index := next_chunk(queue_fd)) is not None:
+            mine.append(index)
+
+    threads = [threading.Thread(target=take, args=(mine,)) for mine in got]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(queue_fd)
+    assert sorted(index for mine in got for index in mine) == sorted(order)
+
+
+@given(
+    threads=st.integers(1, 256),
+    budget_bytes=st.integers(1, 1 << 40),
+    processes=st.integers(1, 16),
+    stored_bytes=st.integers(0, 1 << 40),
+)
+def test_shares_stay_within_the_bounds(threads, budget_bytes, processes, stored_bytes):
+    """Fetchers never number more than may be or than there are bytes for, nor use more together than one may."""
+    chunk = SimpleNamespace(stored_bytes=stored_bytes)
+    share = share_of(Bounds(threads, budget_bytes, processes, verify_raw=False), SimpleNamespace(chunks=[chunk]))
+    assert 1 <= share.processes <= processes
+    assert share.processes == 1 or share.processes * BYTES_PER_FETCHER <= stored_bytes
+    assert share.threads * share.processes <= max(threads, share.processes)
+    assert share.budget_bytes * share.processes <= max(budget_bytes, share.processes)

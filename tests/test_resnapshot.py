@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ from coldstart import events, resnapshot
 from coldstart.capture import Encoding
 from coldstart.definition import Policy
 from coldstart.errors import ProofError, StoreError
+from coldstart.fetch import Address
 from coldstart.frameworks import survey
 from coldstart.manifest import blob_key
 from coldstart.metrics import Transfers
 from coldstart.proof import Origin
 from coldstart.repository import Repository
 from coldstart.resnapshot import Plan, Resnapshot, changed_paths, marks_of
+from coldstart.save import IN_THREAD, Saving
+from coldstart.stores import StoreOptions, open_store
 from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock, Fault, FaultyStore
 from tests.generations import KEY, OTHER_KEY, capture_of, restored
@@ -27,6 +31,7 @@ from tests.starts import RUN_SECONDS, Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.repository import Lookup
@@ -40,7 +45,7 @@ class Proven:
     asked: list[Any]
     at_run: Callable[[Proven], None]
 
-    def __init__(self, origin: Origin, pinned: Mapping[str, str], store_url: str) -> None:
+    def __init__(self, origin: Origin, pinned: Mapping[str, str], store_url: str, *, beside: Any) -> None:
         self.pinned = dict(pinned)
         self.stopped = threading.Event()
         self.given = (origin, dict(pinned), store_url)
@@ -81,6 +86,7 @@ class World:
         self.at_idle: Callable[[float], None] = lambda seconds: None
         self.open_errors: list[StoreError] = []
         self.at_work: list[Resnapshot] = []
+        self.saving = IN_THREAD
 
     def look_up(self, key: KeyRecord = KEY) -> Lookup:
         return self.repository.look_up("model", key)
@@ -104,6 +110,7 @@ class World:
             served=lambda: self.served,
             saves=self.saves,
             bus=self.bus,
+            saving=lambda: self.saving,
         )
         self.at_work.append(found)
         return found
@@ -191,7 +198,7 @@ def test_refused_by_the_proof(world: World, proven: type[Proven]) -> None:
 
     proven.at_run = staticmethod(refuse)
     (outcome,) = world.made(world.plan(weights()))
-    assert outcome == resnapshot.Outcome.none("it answered differently")
+    assert outcome == resnapshot.Outcome.none("it answered differently", "thread")
     assert world.look_up().ref is None
     assert world.seen.of(events.CaptureFailed)[0].error == "ProofError: it answered differently"
     assert world.saves.count == 0
@@ -273,6 +280,47 @@ def test_failing_store(world: World, key: str) -> None:
     assert len(world.state()["w"]) == 51
     (event,) = world.seen.of(events.CaptureFailed)
     assert event.error.startswith("AccessDeniedError: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the saver process is for Linux")
+@pytest.mark.parametrize("when", ["while it saves", "while it is proven"])
+def test_killed_saver(world: World, proven: type[Proven], tmp_path: Path, when: str) -> None:
+    """A saver process that is killed is no obstacle: the generation is published, and its outcome says who made it."""
+    address = Address(f"file://{tmp_path / 'store'}", StoreOptions())
+    world.store = FaultyStore(open_store(*address))
+    world.repository = Repository(world.store)
+    world.saving = Saving("process", address, 64 << 20, 0)
+    killed = []
+
+    def kill(_: Any = None) -> None:
+        writing = world.at_work[0]._writing
+        if writing is not None and not killed:
+            killed.append(writing.saver._pid)  # type: ignore[attr-defined]
+            os.kill(killed[0], signal.SIGKILL)
+
+    if when == "while it saves":
+        world.at_idle = lambda seconds: kill() if seconds == 0.0 else None
+    else:
+        proven.at_run = staticmethod(kill)
+    (outcome,) = world.made(world.plan(weights()))
+    assert killed
+    assert (outcome.published, outcome.reason) == (True, "")
+    assert outcome.engine == "thread (the saver process ended early)"
+    assert np.array_equal(world.state()["w"], weights()["w"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the saver process is for Linux")
+def test_failing_store_of_a_saver(world: World, tmp_path: Path) -> None:
+    """An error that the saver process meets is the outcome's reason, as if it had been met here."""
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "blobs").touch()
+    address = Address(f"file://{tmp_path / 'store'}", StoreOptions())
+    world.repository = Repository(open_store(*address))
+    world.saving = Saving("process", address, 64 << 20, 0)
+    (outcome,) = world.made(world.plan(weights()))
+    assert (outcome.published, outcome.engine) == (False, "process")
+    assert "blobs" in outcome.reason
+    assert world.seen.of(events.CaptureFailed)[0].error.startswith("StoreSetupError: ")
 
 
 def test_failure_of_another_kind(world: World) -> None:

@@ -32,7 +32,7 @@ from coldstart.proof import QUIET
 from coldstart.repository import Repository
 from coldstart.stores import StoreOptions, cached, open_store
 from coldstart.stores.cache_folder import ABANDONED_AFTER_SECONDS, SLACK, CacheFolder
-from coldstart.stores.cached import WAIT_SECONDS, CachedStore
+from coldstart.stores.cached import KEEPING_SECONDS, KEEPING_SHARE, WAIT_SECONDS, CachedStore
 from coldstart.stores.local import LocalStore
 from coldstart.stores.memory import MemoryStore
 from coldstart.stores.retrying import RetryingStore
@@ -797,6 +797,49 @@ def test_a_full_cache_still_serves_what_it_has(host: Host, monkeypatch: pytest.M
     assert host.reports == [
         f"the cache {host.folder} takes no more copies, those that it has are used (No space left on device)"
     ]
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch, host: Host, seconds: float) -> None:
+    """Every copy that is written takes so long, by the host's clock."""
+    rename = os.rename
+
+    def wait(*arguments):
+        host.clock.advance(seconds)
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "rename", wait)
+
+
+def test_a_disk_slower_than_the_store_does_not_hold_up_a_start(host: Host, monkeypatch: pytest.MonkeyPatch):
+    """Once copies have taken their time no more are kept, which is told once; every read is right, and so is the next worker's."""
+    keys = [host.stored(DATA + bytes([number])) for number in range(10)]
+    slow_disk(monkeypatch, host, 1.0)
+    worker, began = host.worker(), host.clock.monotonic()
+    for number, key in enumerate(keys):
+        assert read(worker, key, len(DATA) + 1) == DATA + bytes([number])
+    assert KEEPING_SECONDS <= host.clock.monotonic() - began <= KEEPING_SECONDS + 1
+    assert host.reports == [f"the cache {host.folder} takes longer than the store, so some copies are left out"]
+    assert 0 < len(host.copies()) < len(keys)
+    for number, key in enumerate(keys):
+        assert read(host.worker(), key, len(DATA) + 1) == DATA + bytes([number])
+    assert len(host.copies()) == len(keys)
+
+
+def test_copies_may_take_a_share_of_a_long_fetch(host: Host, monkeypatch: pytest.MonkeyPatch):
+    """Before a store that is slower still, the same disk keeps everything."""
+    keys = [host.stored(DATA + bytes([number])) for number in range(10)]
+    slow_disk(monkeypatch, host, 1.0)
+
+    class Far(FaultyStore):
+        def read_into(self, key, target, *, offset_bytes=0):
+            host.clock.advance(1 / KEEPING_SHARE)
+            super().read_into(key, target, offset_bytes=offset_bytes)
+
+    host.remote = Far(host.memory)
+    worker = host.worker()
+    for key in keys:
+        read(worker, key, len(DATA) + 1)
+    assert (len(host.copies()), host.reports) == (len(keys), [])
 
 
 def test_without_flock_copies_are_kept(host: Host, monkeypatch: pytest.MonkeyPatch):

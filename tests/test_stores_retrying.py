@@ -91,8 +91,8 @@ def test_attempts_end():
     assert len(clock.slept) == 2
 
 
-def test_the_deadline_is_for_all_attempts_together():
-    """No retry begins past the deadline, whether the time went by waiting or inside an attempt."""
+def test_the_deadline_is_for_all_retries_together():
+    """No retry begins past the deadline, whether the time went by waiting or inside an attempt after the first."""
     policy = RetryPolicy(attempts=100, first_wait_seconds=1.0, longest_wait_seconds=4.0, deadline_seconds=10.0)
     clock = FakeClock()
     store, inner = faulty(Fault("transient_before", times=None), clock=clock, policy=policy, jitter=lambda: 1.0)
@@ -103,7 +103,17 @@ def test_the_deadline_is_for_all_attempts_together():
     store, inner = faulty(Fault("hang", times=None, seconds=6.0), policy=policy, jitter=lambda: 1.0)
     with pytest.raises(StoreTransientError):
         store.get("k")
-    assert inner.count("get") == 2
+    assert inner.count("get") == 3  # failed at 6, 13 and 21: the deadline was at 16
+
+
+def test_a_first_attempt_may_last():
+    """What was healthy for longer than the deadline, and then broke off, is tried again."""
+    clock = FakeClock()
+    policy = RetryPolicy(first_wait_seconds=1.0, deadline_seconds=10.0)
+    store, _ = faulty(Fault("hang", "get", seconds=300.0), clock=clock, policy=policy, jitter=lambda: 1.0)
+    store.put("k", b"data")
+    assert store.get("k").data == b"data"
+    assert clock.slept == [300.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ColdstartError
+from coldstart.save.priority import follow_parent
 
 if TYPE_CHECKING:
     import argparse
@@ -26,7 +27,8 @@ def run(options: argparse.Namespace) -> int:
     """Start from the pinned generation, answer the warm-up inputs twice, and send the digests."""
     spec = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.nice(10)
+    if sys.platform == "linux":
+        follow_parent()
     try:
         result: dict[str, Any] = {"digests": _prove(spec)}
     except Exception as error:  # noqa: BLE001  a process edge: whatever fails here is the proof's verdict

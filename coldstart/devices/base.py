@@ -2,13 +2,16 @@
 
 A restore fills ``writable(segment)`` with verified, decoded bytes, calls ``seal``, and hands ``array(...)`` views to the
 framework. On a CPU the writable memory *is* the arena. An arena is never moved, resized or closed while a view of it may
-live: views keep it alive.
+live: views keep it alive. Where the host has the decoded bytes in files already, ``map_files`` makes an arena of them.
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from coldstart.errors import DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +26,18 @@ class DeviceInfo(NamedTuple):
     free_bytes: int
 
 
+class MappedFile(NamedTuple):
+    """An open file that holds just one segment, decoded. ``descriptor`` is not used where ``length_bytes`` is 0."""
+
+    descriptor: int
+    length_bytes: int
+
+
 class Arena(ABC):
     """Memory for the segments of one snapshot on one device."""
+
+    stays_clean: bool = False
+    """Whether ``readable`` goes on after ``seal``, with the bytes as they were filled, whatever users wrote since."""
 
     @property
     @abstractmethod
@@ -33,7 +46,17 @@ class Arena(ABC):
 
     @abstractmethod
     def writable(self, segment: int) -> memoryview:
-        """The segment's host memory, to be filled by a fetch. Valid until ``seal``."""
+        """The segment's host memory, to be filled by a fetch. Valid until ``seal``.
+
+        Raises RuntimeError once it is sealed, and in an arena that was full from the beginning.
+        """
+
+    @abstractmethod
+    def readable(self, segment: int) -> memoryview:
+        """The segment's host memory for reading alone. Valid until ``seal``, and after it if the arena ``stays_clean``.
+
+        Raises RuntimeError afterwards: users may have written to that memory.
+        """
 
     @abstractmethod
     def seal(self) -> None:
@@ -60,3 +83,20 @@ class Device(ABC):
     @abstractmethod
     def allocate(self, segment_bytes: Sequence[int]) -> Arena:
         """Memory for segments of these sizes. Raises DeviceError with what was asked and what is free."""
+
+    def adopt(self, memory_file: int, segment_bytes: Sequence[int]) -> Arena:
+        """An arena of segments of these sizes over a memory file that another process lays out as ``allocate`` would.
+
+        The descriptor is the arena's from now on. Raises DeviceError: a device that has no such files, or cannot map it.
+        """
+        os.close(memory_file)
+        raise DeviceError(f"device {self.type} has no memory files of {len(segment_bytes)} segments to adopt")
+
+    def map_files(self, files: Sequence[MappedFile]) -> Arena | None:
+        """An arena that *is* these files, one a segment, without reading them; None where the device has no such thing.
+
+        The files are as long as said and never change again; their descriptors may be closed afterwards. Raises
+        DeviceError where the system refuses.
+        """
+        del files
+        return None

@@ -1,9 +1,25 @@
 """Fetching: the chunks of a manifest from a store into an arena, verified; one seam, so that engines can differ."""
 
-from coldstart.fetch.base import Address, Fetch, FetchRequest
-from coldstart.fetch.threads import start_threads
+from __future__ import annotations
 
-__all__ = ["Address", "Fetch", "FetchRequest", "start_fetch", "start_threads"]
+from typing import TYPE_CHECKING
+
+from coldstart.fetch.base import Address, Fetch, FetchRequest
+from coldstart.fetch.threads import processors, start_threads
+
+if TYPE_CHECKING:
+    from coldstart.fetch.ahead import Ahead
+    from coldstart.fetch.crew import Bounds
+
+__all__ = ["Address", "Fetch", "FetchRequest", "default_processes", "look_ahead", "start_fetch", "start_threads"]
+
+MOST_PROCESSES = 4
+
+
+def default_processes() -> int:
+    """Fetcher processes for a large snapshot: the other processors are for importing."""
+    return max(1, min(MOST_PROCESSES, processors() // 2))
+
 
 ENGINES = ("auto", "process", "threads")
 PROCESS_MINIMUM_BYTES = 32 << 20
@@ -19,3 +35,16 @@ def start_fetch(request: FetchRequest, *, engine: str) -> Fetch:
     from coldstart.fetch.process import can_start, start_process  # 5 ms, and most small starts need none of it
 
     return start_process(request) if can_start(request) else start_threads(request)
+
+
+REMOTE = ("s3://", "r2://")
+"""Stores that take time to answer. A folder answers before a fetcher has started."""
+
+
+def look_ahead(address: Address | None, ref_key: str, bounds: Bounds, *, engine: str) -> Ahead | None:
+    """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to."""
+    if engine == "threads" or address is None or not address.url.startswith(REMOTE):
+        return None
+    from coldstart.fetch.ahead import begin
+
+    return begin(address, ref_key, bounds)

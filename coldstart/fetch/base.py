@@ -6,9 +6,15 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coldstart.manifest import Manifest
     from coldstart.stores import StoreOptions
     from coldstart.stores.base import Store
+
+
+PROGRESS_SECONDS = 0.5
+"""How often a fetch says how far it is."""
 
 
 class Address(NamedTuple):
@@ -28,8 +34,12 @@ class Fillable(Protocol):
 class FetchRequest(NamedTuple):
     """Fill ``arena`` with all chunks of ``manifest`` from ``store``.
 
-    ``verify_raw`` also hashes what decoding gave, as a proof does; a start relies on the hash of the stored bytes.
-    ``address`` is the store's, if it has one: without it only this process can read the store.
+    ``threads``: reads at a time at most. ``verify_raw`` also hashes what decoding gave, as a proof does; a start relies
+    on the hash of the stored bytes. ``address`` is the store's, if it has one: without it only this process can read the
+    store. ``progress`` is called, in any thread, with the stored bytes that are in place so far, at most every
+    PROGRESS_SECONDS; it must not raise. ``processes``: how many fetcher processes may share the work, with the bounds of
+    ``threads`` and ``budget_bytes`` for all of them together. ``next_chunk`` gives the index of a chunk that nobody else
+    fetches, None at the end; without it all chunks are this fetch's, in ``plan.fetch_order``.
     """
 
     manifest: Manifest
@@ -39,13 +49,17 @@ class FetchRequest(NamedTuple):
     budget_bytes: int
     verify_raw: bool = False
     address: Address | None = None
+    progress: Callable[[int], None] | None = None
+    processes: int = 1
+    next_chunk: Callable[[], int | None] | None = None
 
 
 class FetchReport(NamedTuple):
     """What a finished fetch did.
 
     ``fetched_bytes`` counts every chunk once as it is stored, also where two share a blob. ``retried_chunks`` were
-    corrupt on the first read and right on the second. ``engine``: which one, and why if another was wanted.
+    corrupt on the first read and right on the second. ``engine``: which one, and why if another was wanted. ``reads``:
+    how many were under way at once in the end.
     """
 
     engine: str
@@ -53,6 +67,7 @@ class FetchReport(NamedTuple):
     retried_chunks: int
     began_monotonic_seconds: float
     ended_monotonic_seconds: float
+    reads: int = 0
     degraded: tuple[str, ...] = ()
     """What a store opened for this fetch had to give up, such as its local cache."""
 

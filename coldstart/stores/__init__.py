@@ -28,7 +28,8 @@ class StoreOptions(NamedTuple):
 
     ``endpoint_url``: an S3-compatible server instead of AWS. ``r2_account_id`` gives the endpoint of ``r2://``
     addresses. The two keys come together or not at all. The repr masks them; a pickle holds them. ``cache``: a folder for
-    copies of what remote stores hold, at most ``cache_bytes`` of them; see ``stores.cached``.
+    copies of what remote stores hold, at most ``cache_bytes`` of them; see ``stores.cached``. A folder's flat files of
+    segments have the same limit; see ``segments``.
     """
 
     endpoint_url: str = ""
@@ -67,9 +68,9 @@ def open_store(
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return _open_folder(url)
+        return _open_folder(url, options)
     if scheme == "file":
-        return _open_folder(_path_of(rest))
+        return _open_folder(_path_of(rest), options)
     if scheme == "memory":
         from coldstart.stores.memory import MemoryStore
 
@@ -93,10 +94,10 @@ def _path_of(rest: str) -> str:
     return f"/{unquote(path)}"
 
 
-def _open_folder(path: str) -> Store:
+def _open_folder(path: str, options: StoreOptions) -> Store:
     from coldstart.stores.local import LocalStore
 
-    return LocalStore(path)
+    return LocalStore(path, flat_files_bytes=options.cache_bytes)
 
 
 def _open_remote(url: str, options: StoreOptions) -> Store:

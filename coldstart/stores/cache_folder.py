@@ -4,6 +4,7 @@
 
     <folder>/v1/blobs/<64 hex>       a copy
     <folder>/v1/manifests/<64 hex>   a copy
+    <folder>/v1/segments/<64 hex>    a copy that is mapped and not read: mode 0400, of the length that its user knows
     <folder>/v1/locks/<64 hex>       flock: somebody is fetching the blob of this name. Empty
     <folder>/v1/*/.tmp-<random>      a copy that is being written, or whose writer died
 
@@ -14,7 +15,9 @@
 - Locks save double work and are never needed for what is read to be right. A lock file that is removed while
   somebody waits for it costs at most a second fetch.
 - Only files named as above are ever removed. The folder must belong to this user, and nobody else may write to it:
-  a manifest that somebody else could put there would be believed.
+  a manifest that somebody else could put there would be believed, and a mapped file that somebody cuts off kills its
+  user with SIGBUS. For the same reason files are mapped from file systems of this host alone (``is_on_this_host``):
+  on a shared one another host may remove what is mapped here.
 
 Every method raises OSError as it comes.
 """
@@ -32,18 +35,22 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from coldstart.stores.retrying import Clock
 
-    Kind = Literal["blobs", "manifests"]
+    Kind = Literal["blobs", "manifests", "segments"]
 
-KINDS: tuple[Kind, ...] = ("blobs", "manifests")
+KINDS: tuple[Kind, ...] = ("blobs", "manifests", "segments")
 ABANDONED_AFTER_SECONDS = 3600.0
 """A temporary file or a lock this old has nobody any more: copies are written in one go, from memory."""
 SLACK = 16
 """Room is made down to this fraction below the limit, so that not every copy near it costs a look at all others; and a
 process looks again after writing as much, because it does not see what others write."""
+
+SPARE_BYTES = 1 << 30
+"""What a file for mapping leaves free on the disk: it is written for speed alone, and nobody asked for it."""
+HOST_FILE_SYSTEMS = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
 
 _VERSION = "v1"
 _LOCKS = "locks"
@@ -70,9 +77,17 @@ class _File(NamedTuple):
 
 
 class CacheFolder:
-    """The copies under ``folder``. ``now`` gives Unix seconds. Safe between threads and processes."""
+    """The copies of ``kinds`` under ``folder``. ``now`` gives Unix seconds. Safe between threads and processes."""
 
-    def __init__(self, folder: str, *, limit_bytes: int, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        limit_bytes: int,
+        now: Callable[[], float] = time.time,
+        kinds: tuple[Kind, ...] = KINDS,
+    ) -> None:
+        self._kinds = kinds
         self._folder = folder
         self._root = f"{folder}/{_VERSION}"
         self._limit_bytes = limit_bytes
@@ -86,10 +101,22 @@ class CacheFolder:
         """Make what is missing, and refuse (EPERM) a folder that others could write to."""
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         _make(self._root)
+        self.check()
+        for name in (*self._kinds, _LOCKS):
+            _make(f"{self._root}/{name}")
+
+    def check(self) -> None:
+        """Refuse as ``prepare`` does, and make nothing: FileNotFoundError where there is no such folder yet."""
         _check_private(self._folder, os.stat(self._folder), allowed=stat.S_ISVTX)
         _check_private(self._root, os.stat(self._root, follow_symlinks=False), allowed=0)
-        for name in (*KINDS, _LOCKS):
-            _make(f"{self._root}/{name}")
+
+    def is_on_this_host(self) -> bool:
+        """Whether the folder is on a file system that no other host writes to, as far as the kernel's table tells."""
+        return _file_system(os.path.realpath(self._folder)) in HOST_FILE_SYSTEMS
+
+    def fits(self, total_bytes: int) -> bool:
+        """Whether copies of so many bytes together can be kept without one of them driving out another."""
+        return total_bytes <= self._limit_bytes - self._limit_bytes // SLACK
 
     def read_into(self, kind: Kind, name: str, target: memoryview) -> bool:
         """Fill ``target`` from a copy of just its length; False if there is none. One of another length is dropped."""
@@ -114,14 +141,42 @@ class CacheFolder:
         self.drop(kind, name)
         return None
 
+    def open_to_map(self, kind: Kind, name: str, size_bytes: int) -> int | None:
+        """A descriptor of a copy that nobody but this user and root can change; None if there is none.
+
+        One of another length, or that others could change, is dropped. The caller closes the descriptor.
+        """
+        with self._opened(kind, name) as (file, found_bytes):
+            if file < 0:
+                return None
+            status = os.fstat(file)
+            is_ours = status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if is_ours and found_bytes == size_bytes:
+                self._touch(file)
+                return fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 0)
+        self.drop(kind, name)
+        return None
+
     def keep(self, kind: Kind, name: str, parts: Sequence[bytes | memoryview]) -> None:
         """Write a copy, in place of any of that name, after making room; one larger than the limit is not kept."""
         size_bytes = sum(len(part) for part in parts)
-        if size_bytes > self._limit_bytes:
-            return
+        if size_bytes <= self._limit_bytes:
+            self._write(kind, name, parts, size_bytes, mode=0o600)
+
+    def keep_to_map(self, kind: Kind, name: str, parts: Iterable[memoryview], size_bytes: int) -> None:
+        """Write a copy that ``open_to_map`` opens, part by part as they come; what ``parts`` raises leaves no copy.
+
+        ENOSPC where the disk would be left with less than SPARE_BYTES.
+        """
+        disk = os.statvfs(self._root)
+        if disk.f_bavail * disk.f_frsize < size_bytes + SPARE_BYTES:
+            raise OSError(errno.ENOSPC, f"{size_bytes} bytes would leave less than {SPARE_BYTES} free", self._root)
+        self._write(kind, name, parts, size_bytes, mode=0o400)
+
+    def _write(self, kind: Kind, name: str, parts: Iterable[bytes | memoryview], size_bytes: int, *, mode: int) -> None:
         self._make_room(size_bytes)
         temporary = f"{self._root}/{kind}/{_TEMPORARY}{os.urandom(8).hex()}"
-        file = os.open(temporary, _CREATE_FLAGS, 0o600)
+        file = os.open(temporary, _CREATE_FLAGS, mode)
         try:
             try:
                 for part in parts:
@@ -202,7 +257,7 @@ class CacheFolder:
 
     def _files(self) -> Iterator[_File]:
         """All files that are ours to remove."""
-        for kind in (*KINDS, _LOCKS):
+        for kind in (*self._kinds, _LOCKS):
             with suppress(FileNotFoundError), os.scandir(f"{self._root}/{kind}") as entries:
                 for entry in entries:
                     if not entry.name.startswith(_TEMPORARY) and not _NAME.match(entry.name):
@@ -237,6 +292,18 @@ class CacheFolder:
         nanoseconds = int(self._now() * 1e9)
         with suppress(OSError):  # a read-only file system: nothing is evicted there either
             os.utime(file, ns=(nanoseconds, nanoseconds))
+
+
+def _file_system(path: str) -> str:
+    """The type of the file system at ``path``, by the mount that is nearest above it; "" where there is no table."""
+    found, longest = "", -1
+    with suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+        for line in table:
+            mount, _, file_system = line.partition(" - ")
+            place = mount.split(" ")[4].replace("\\040", " ").rstrip("/")
+            if (path == place or path.startswith(f"{place}/")) and len(place) >= longest:  # a later mount hides others
+                found, longest = file_system.split(" ")[0], len(place)
+    return found
 
 
 def _check_private(folder: str, status: os.stat_result, *, allowed: int) -> None:

@@ -15,6 +15,13 @@ that tells its content: its copy begins with a hash over store, key, etag and by
 **One fetch a host.** Who misses a blob takes its lock, looks again, fetches, keeps, lets go; the others wait and read
 the copy. One that has waited ``WAIT_SECONDS`` in vain fetches by itself and waits for nobody any more.
 
+**Keeping takes its share of the time and no more.** A copy is written before its read returns, which costs little while
+the disk's cache takes it, and much on a disk slower than the link. So the time is kept: what would make copies take
+more than ``KEEPING_SHARE`` of the time of the fetches (and ``KEEPING_SECONDS``, summed over threads) is not kept, and
+``degraded`` is told once. Its next reader fetches it, or finds it in its segment's file, which is written after the
+start is ready. Nothing is left to a thread of the store's own: a copy that is written later would have to be held in
+memory beyond the budget of the fetch, and its turn with it, and a fetcher process ends with its last answer.
+
 **What is written is kept**, after the store has it: the bytes of a capture are what the next worker of this host starts
 from, they are in memory, and capturing is off the request path. A proof is run without the cache, because it is to
 read what the store holds.
@@ -46,6 +53,9 @@ if TYPE_CHECKING:
 
 WAIT_SECONDS = 10.0
 """How long to wait for another process of this host that is fetching the same blob."""
+KEEPING_SHARE = 0.5
+KEEPING_SECONDS = 2.0
+"""How long all copies of fetched blobs may take: this, and that share of the seconds of the fetches."""
 
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})\Z")
 _MANIFEST = re.compile(r"manifests/[^/]+/[0-9]+-[0-9a-f]+\Z")
@@ -78,6 +88,8 @@ class CachedStore(Store):
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
         self._asked: set[str] = set()
+        self._fetching_seconds = self._keeping_seconds = 0.0
+        self._told_slow = False
         self._prepared = False
         self._serves = self._keeps = self._takes_turns = True
 
@@ -117,9 +129,13 @@ class CachedStore(Store):
         with self._turn(blob):
             if self._fill(blob, target, verify=again):  # somebody else has fetched it meanwhile
                 return
+            began = self._clock.monotonic()
             self._store.read_into(key, target)
-            if not again or _hash(target) == blob:
-                self._keep("blobs", blob, (target,))
+            self._fetched(blob, target, self._clock.monotonic() - began, verify=again)
+
+    def flat_files(self) -> CacheFolder | None:
+        """The folder for segments that this host's workers map; None where the cache is not used."""
+        return self._copies if self._is_ready() else None
 
     def head(self, key: str) -> ObjectInfo:
         """As the wrapped store: a head asks what the store has."""
@@ -173,6 +189,23 @@ class CachedStore(Store):
             self._drop("blobs", blob)
             return False
         return found
+
+    def _fetched(self, blob: str, target: memoryview, seconds: float, *, verify: bool) -> None:
+        """Keep what was fetched in ``seconds``, while there is time for it."""
+        with self._lock:
+            self._fetching_seconds += seconds
+            slow = self._keeping_seconds > KEEPING_SECONDS + KEEPING_SHARE * self._fetching_seconds
+            told, self._told_slow = self._told_slow, self._told_slow or slow
+        if slow:
+            if not told:
+                self._tell("takes longer than the store, so some copies are left out", None)
+            return
+        if verify and _hash(target) != blob:
+            return
+        began = self._clock.monotonic()
+        self._keep("blobs", blob, (target,))
+        with self._lock:
+            self._keeping_seconds += self._clock.monotonic() - began
 
     @contextmanager
     def _turn(self, blob: str) -> Iterator[None]:
@@ -274,10 +307,11 @@ class CachedStore(Store):
         if not told:
             self._tell("has no locks, so that workers may fetch a blob twice", error)
 
-    def _tell(self, what: str, error: OSError) -> None:
+    def _tell(self, what: str, error: OSError | None) -> None:
         if self._degraded is not None:
-            place = f"{error.filename}: " if error.filename else ""
-            self._degraded(f"the cache {self._folder} {what} ({place}{error.strerror or error})")
+            place = f"{error.filename}: " if error and error.filename else ""
+            why = f" ({place}{error.strerror or error})" if error else ""
+            self._degraded(f"the cache {self._folder} {what}{why}")
 
 
 def _hash(data: bytes | bytearray | memoryview) -> str:

@@ -2,11 +2,12 @@
 
 One ``ask`` is one attempt on one connection. What keeps it honest:
 
-- an answer's head comes within ``answer_seconds`` and ``HEAD_BYTES``, all of it within ``deadline_seconds``, and its
-  body never slower than the floor: a server that trickles is as good as one that is silent;
+- an answer's head comes within ``answer_seconds`` and ``HEAD_BYTES``, and its body within a deadline by its length and
+  never slower than the floor: a server that trickles is as good as one that is silent;
 - a body has the length that the head gives. Only a refusal, whose text is short and not data, may be chunked;
 - a connection is used again only if its last answer was read to the end and nothing has come since. Where one fails,
-  those that lie idle are closed too: a restarted server, or a frozen and woken machine, has lost them all.
+  those that lie idle are closed too: a restarted server, or a frozen and woken machine, has lost them all;
+- a request that lasts says so to its ``Watch``, through which another thread can end it.
 
 Redirects are answers like others. It knows no proxies. Looking up a
 host's name has the resolver's own limits of time, not these.
@@ -28,7 +29,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.errors import StoreSetupError
+from coldstart.errors import StoreSetupError, StoreTransientError
 from coldstart.stores.http1_answer import Answer, Limits
 
 if TYPE_CHECKING:
@@ -89,19 +90,23 @@ class Http:
         self._context: ssl.SSLContext | None = None
 
     @contextmanager
-    def ask(self, method: str, path: str, headers: Mapping[str, str]) -> Iterator[Answer]:
+    def ask(self, method: str, path: str, headers: Mapping[str, str], watch: Watch | None = None) -> Iterator[Answer]:
         """Send a request without a body; inside the block its answer can be read."""
-        deadline = time.monotonic() + self._limits.deadline_seconds
+        watch = watch or Watch()
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         request = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
-        wire = self._take() or self._connect()
+        wire = (None if watch.wants_new_connection else self._take()) or self._connect()
         answer = None
         try:
+            watch.hold(wire)
             wire.send(request, self._limits.answer_seconds)
-            answer = Answer(wire, method, self._limits, deadline)
+            answer = Answer(wire, method, self._limits, watch)
             yield answer
         finally:
-            if answer is not None and answer.leaves_connection:
+            watch.let_go()
+            if watch.is_interrupted:
+                wire.close()  # which says nothing of the others
+            elif answer is not None and answer.leaves_connection:
                 self._put_back(wire)
             else:
                 wire.close()
@@ -169,6 +174,49 @@ class Http:
             return self._context
 
 
+class Watch:
+    """What others have of a request under way: they hear of its progress, and may end it. For one request.
+
+    ``wants_new_connection``: the request takes none that was used before.
+    """
+
+    def __init__(self, *, wants_new_connection: bool = False) -> None:
+        self.wants_new_connection = wants_new_connection
+        self.is_interrupted = False
+        self._wire: Wire | None = None
+        self._lock = threading.Lock()
+
+    def interrupt(self) -> None:
+        """End the request from any thread: its connection is shut down at once, and its own thread fails soon."""
+        with self._lock:
+            self.is_interrupted = True
+            if self._wire is not None:
+                self._wire.shut_down()
+
+    def hear(self, received_bytes: int) -> None:  # noqa: ARG002  for those who listen
+        """Called in the request's thread after every wait, with the bytes that it brought: 0 every ``look_seconds``.
+
+        Raises StoreTransientError in an interrupted request, which may still have bytes to read.
+        """
+        if self.is_interrupted:
+            raise StoreTransientError("the request was ended from this side")
+
+    def patience_seconds(self, limit_seconds: float) -> float:
+        """How long the request may go on without a byte, asked when it has had none for the limit of it."""
+        return limit_seconds
+
+    def hold(self, wire: Wire) -> None:
+        """Make ``wire`` what an interrupt shuts down."""
+        with self._lock:
+            self._wire = wire
+        self.hear(0)
+
+    def let_go(self) -> None:
+        """No interrupt reaches the connection from here on: another request may use it, or its number."""
+        with self._lock:
+            self._wire = None
+
+
 class Wire:
     """A connected socket, used by one thread at a time."""
 
@@ -221,6 +269,12 @@ class Wire:
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return not poll.poll(0)
+
+    def shut_down(self) -> None:
+        """End the connection under a thread that uses it, which finds an end of it, or an error."""
+        with suppress(OSError):
+            # Not TLS's own: that would turn the connection into a plain one first, of which records could be read.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection, in whatever state it is."""

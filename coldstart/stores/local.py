@@ -12,6 +12,9 @@ How the contract is kept, on any file system with rename and flock, by threads a
   something unique into it.
 
 A key and a folder cannot share a name: where ``a/b`` is stored, ``a`` cannot be.
+
+Beside the objects lies, under a name that no key can have and no listing shows, a folder for decoded copies of segments
+that the workers of this host map (``flat_files``). It may be removed at any time, and a store that is read-only has none.
 """
 
 # os.path and not pathlib, which costs 15 ms that a start would pay for nothing.
@@ -40,6 +43,12 @@ from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject,
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from coldstart.stores.cache_folder import CacheFolder
+
+FLAT_FILES = ".flat"
+"""The folder for segments, below the store's own."""
+FLAT_FILES_LIMIT_BYTES = 50 << 30
 
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
@@ -87,13 +96,17 @@ _MAY_PASS = (StoreTransientError, "the file system failed; it may work when aske
 
 
 class LocalStore(Store):
-    """Objects as files under ``root``, which is made (mode 0700) by the first write. ``~`` is the user's home."""
+    """Objects as files under ``root``, which is made (mode 0700) by the first write. ``~`` is the user's home.
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    ``flat_files_bytes``: how large the copies of segments beside them may grow.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, flat_files_bytes: int = FLAT_FILES_LIMIT_BYTES) -> None:
         path = os.fspath(root)
         if not path or "\0" in path:
             raise StoreSetupError(f"{path!r} is not the path of a folder")
         self._root = os.path.abspath(os.path.expanduser(path))
+        self._flat_files_bytes = flat_files_bytes
 
     @property
     def root(self) -> str:
@@ -173,6 +186,12 @@ class LocalStore(Store):
         if prefix:
             check_key(prefix.removesuffix("/"))
         return self._walk(prefix)
+
+    def flat_files(self) -> CacheFolder:
+        """The folder for segments that this host's workers map. Nothing is made before something is kept in it."""
+        from coldstart.stores.cache_folder import CacheFolder  # 1 ms that a store without snapshots worth it saves
+
+        return CacheFolder(f"{self._root}/{FLAT_FILES}", limit_bytes=self._flat_files_bytes, kinds=("segments",))
 
     def _walk(self, prefix: str) -> Iterator[ObjectInfo]:
         pending = [prefix.rpartition("/")[0]]

@@ -1,7 +1,7 @@
 """The only place where a store's operation is repeated.
 
 What is repeated is what raised StoreTransientError: with full jitter (a random wait below a bound that doubles) and one
-deadline for all attempts of an operation. Everything else passes through.
+deadline for all retries of an operation. Everything else passes through.
 
 A conditional write whose answer was lost may have taken effect, and its repetition then fails against itself. So a
 ConditionFailedError that follows a transient failure is settled by reading the object back:
@@ -60,9 +60,11 @@ class RetryPolicy(NamedTuple):
     """How often and how long one operation is tried.
 
     The wait before the n-th retry, n from 0, is random below ``min(longest_wait_seconds, first_wait_seconds * 2**n)``.
-    No retry begins later than ``deadline_seconds`` after the first attempt did; an attempt under way is not cut short.
+    No retry begins later than ``deadline_seconds`` after the first attempt failed; an attempt is not cut short.
     """
 
+    # From the first failure on, so that a read which was healthy for minutes, and then broke off, is tried again like
+    # one that failed at once. A server that stalls every time, each until a reader's limit of 8 s, is asked five times.
     attempts: int = 6
     first_wait_seconds: float = 0.1
     longest_wait_seconds: float = 5.0
@@ -181,7 +183,7 @@ class RetryingStore(Store):
 
     def _repeat(self, attempt: Callable[[StoreTransientError | None], _Result]) -> _Result:
         """Call ``attempt`` with the failure before it, until it returns, fails for good, or the policy ends."""
-        began = self._clock.monotonic()
+        failed_seconds: float | None = None
         failure: StoreTransientError | None = None
         retry = 0
         while True:
@@ -191,7 +193,9 @@ class RetryingStore(Store):
             except StoreTransientError as error:
                 failure = error
                 wait = self._wait_seconds(retry)
-                late = self._clock.monotonic() + wait - began > self._policy.deadline_seconds
+                now = self._clock.monotonic()
+                failed_seconds = now if failed_seconds is None else failed_seconds
+                late = now + wait - failed_seconds > self._policy.deadline_seconds
                 if late or retry + 1 >= self._policy.attempts:
                     raise
             self._clock.sleep(wait)

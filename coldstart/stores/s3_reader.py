@@ -8,7 +8,8 @@ listing. Both say of an object just what ``s3.S3Store`` says, in the same errors
 - a whole object has status 200: boto3 takes a part of it (206) for the whole;
 - it knows no proxies: where the environment names one, boto3 reads; and certificates are those that ``http1`` tells.
   ``AWS_CA_BUNDLE`` names a file of its own for both;
-- a body slower than a floor, and a request longer than its deadline, are given up: see ``http1_answer.Limits``.
+- a body slower than a floor, and a request longer than its deadline, are given up: see ``http1_answer.Limits``;
+- a ranged read that lags behind others has a second request sent for it: see ``hedging``.
 
 Where credentials, region or endpoint are only known to the AWS configuration of the machine (profiles, SSO, container
 credentials), ``reads_directly`` says no, and boto3 does all.
@@ -28,7 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from coldstart.config import read_variable
 from coldstart.errors import BlobCorruptError, StoreError, StoreSetupError, StoreTransientError
 from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
-from coldstart.stores.http1 import Endpoint, Http, endpoint_of
+from coldstart.stores.hedging import HedgeCounts, HedgePolicy, Hedger
+from coldstart.stores.http1 import Endpoint, Http, Watch, endpoint_of
 from coldstart.stores.http1_answer import Limits
 from coldstart.stores.s3_errors import refusal, unreachable
 from coldstart.stores.sigv4 import Signer, encode_path
@@ -85,6 +87,7 @@ class S3Reader:
         options: StoreOptions,
         *,
         limits: Limits = Limits(),  # noqa: B008  a frozen value
+        hedging: HedgePolicy = HedgePolicy(),  # noqa: B008
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not _is_known(location, options):
@@ -98,6 +101,7 @@ class S3Reader:
         folders = "/".join(filter(None, (location.bucket, location.prefix)))
         self._root = f"{self._endpoint.path}/{encode_path(folders)}"
         self._http = Http(self._endpoint, limits=limits, ca_file=read_variable("AWS_CA_BUNDLE") or "")
+        self._hedger = Hedger(hedging)
         self._signer = Signer(
             access_key_id=options.access_key_id,
             secret_access_key=options.secret_access_key,
@@ -123,14 +127,18 @@ class S3Reader:
             return StoredObject(b"".join(_pieces(answer, length_bytes)), etag)
 
     def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
-        """One ranged GET, received in ``target``."""
+        """One ranged GET, received in ``target``, or a second one beside it; nothing lands there after the return."""
         if not len(target):
             self.head(key)  # an empty range cannot be asked for
             return
         end = offset_bytes + len(target) - 1
-        with self._asked("GET", key, {"range": f"bytes={offset_bytes}-{end}"}) as answer:
-            self._check_range(answer, key, offset_bytes, end)
-            answer.read_into(target)
+
+        def request(memory: memoryview, watch: Watch) -> None:
+            with self._asked("GET", key, {"range": f"bytes={offset_bytes}-{end}"}, watch) as answer:
+                self._check_range(answer, key, offset_bytes, end)
+                answer.read_into(memory)
+
+        self._hedger.read(request, target)
 
     def head(self, key: str) -> ObjectInfo:
         """One HEAD; the age is by the server's clock."""
@@ -140,18 +148,26 @@ class S3Reader:
             raise StoreTransientError(f"{self.url} gave neither size nor age of {key!r}", key=key)
         return ObjectInfo(key, size_bytes, modified)
 
+    @property
+    def hedges(self) -> HedgeCounts:
+        """Second requests of ranged reads so far."""
+        return self._hedger.counts
+
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; what has been asked for a second time is given up."""
+        self._hedger.close()
         self._http.close()
 
     @contextmanager
-    def _asked(self, method: str, key: str, more: dict[str, str] | None = None) -> Iterator[Answer]:
+    def _asked(
+        self, method: str, key: str, more: dict[str, str] | None = None, watch: Watch | None = None
+    ) -> Iterator[Answer]:
         """The answer to a signed request, unless it is a refusal; what goes wrong, in terms of the store contract."""
         path = f"{self._root}/{encode_path(check_key(key))}"
         signed = self._signer.headers(method, path, self._endpoint.authority, unix_seconds=self._clock())
         headers = {**signed, **(more or {}), "accept-encoding": "identity", "user-agent": f"coldstart/{VERSION}"}
         try:
-            with self._http.ask(method, path, headers) as answer:
+            with self._http.ask(method, path, headers, watch) as answer:
                 if answer.status >= 300:  # noqa: PLR2004
                     raise self._refusal(answer, method, key)
                 yield answer
@@ -218,11 +234,12 @@ class ReadingS3Store(Store):
         *,
         capabilities: Capabilities = Capabilities(create_if_absent=True, compare_and_swap=True, ranges=True),  # noqa: B008
         limits: Limits = Limits(),  # noqa: B008
+        hedging: HedgePolicy = HedgePolicy(),  # noqa: B008
     ) -> None:
         self._location = location
         self._options = options
         self._capabilities = capabilities
-        self._reader = S3Reader(location, options, limits=limits)
+        self._reader = S3Reader(location, options, limits=limits, hedging=hedging)
         self._writer: Store | None = None
         self._lock = threading.Lock()
 
@@ -236,6 +253,11 @@ class ReadingS3Store(Store):
         """What the constructor was given."""
         return self._capabilities
 
+    @property
+    def hedges(self) -> HedgeCounts:
+        """Second requests of ranged reads so far."""
+        return self._reader.hedges
+
     def __repr__(self) -> str:
         return f"ReadingS3Store({self.url!r})"
 
@@ -244,7 +266,7 @@ class ReadingS3Store(Store):
         return self._reader.get(key)
 
     def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
-        """One ranged GET, received in ``target``, without boto3."""
+        """One ranged GET, received in ``target``, or a second one beside it, without boto3."""
         self._reader.read_into(key, target, offset_bytes=offset_bytes)
 
     def head(self, key: str) -> ObjectInfo:

@@ -1,4 +1,8 @@
-"""The contract suite of devices: subclass ``DeviceContract`` in a test module and say how your device is made."""
+"""The contract suites of devices and arenas: subclass one in a test module and say how yours is made.
+
+``DeviceContract`` includes ``ArenaContract``, for the arenas that the device allocates. An arena that is full from the
+beginning, such as one of mapped files, is put under ``ArenaContract`` alone.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +16,31 @@ from coldstart.errors import DeviceError
 from coldstart.manifest import SEGMENT_ALIGNMENT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coldstart.devices.base import Arena, Device
 
 SEGMENTS = (5, 0, 4096, 300_000, 1)
+PATTERNS = tuple(
+    bytes((7 * segment + index) % 251 for index in range(length_bytes)) for segment, length_bytes in enumerate(SEGMENTS)
+)
+"""A content of its own for each segment."""
 
 
 def fill(arena: Arena, segment: int) -> bytes:
-    """Write a pattern of its own to a whole segment, as a fetch would, and return it."""
-    pattern = bytes((7 * segment + index) % 251 for index in range(arena.segment_bytes[segment]))
-    arena.writable(segment)[:] = pattern
-    return pattern
+    """Write its pattern to a whole segment of an arena of ``SEGMENTS``, as a fetch would, and return it."""
+    arena.writable(segment)[:] = PATTERNS[segment]
+    return PATTERNS[segment]
 
 
-class DeviceContract:
-    """What every device promises: see ``coldstart.devices.base``. A subclass overrides ``make``.
+class ArenaContract:
+    """What every arena promises once it is full. A subclass overrides ``filled``.
 
-    A device whose arrays numpy cannot read also overrides ``to_bytes`` and ``address``.
+    An arena whose arrays numpy cannot read also overrides ``to_bytes`` and ``address``.
     """
 
-    def make(self) -> Device:
-        """Return the device under test."""
+    def filled(self, contents: Sequence[bytes]) -> Arena:
+        """Return an arena with these segments, not sealed yet."""
         raise NotImplementedError
 
     def to_bytes(self, array: Any) -> bytes:
@@ -41,6 +50,92 @@ class DeviceContract:
     def address(self, array: Any) -> int:
         """The address of an array's first byte on the device."""
         return int(array.__array_interface__["data"][0])
+
+    def sealed(self) -> Arena:
+        """An arena with the contents of ``PATTERNS``, sealed."""
+        arena = self.filled(PATTERNS)
+        arena.seal()
+        return arena
+
+    def test_no_segments_are_an_arena_too(self) -> None:
+        """A snapshot without bytes can be restored."""
+        arena = self.filled([])
+        arena.seal()
+        assert tuple(arena.segment_bytes) == ()
+
+    def test_what_was_filled_is_what_arrays_show(self) -> None:
+        """Every segment has its length and shows its own bytes, empty ones included."""
+        arena = self.sealed()
+        assert tuple(arena.segment_bytes) == SEGMENTS
+        for segment, pattern in enumerate(PATTERNS):
+            assert self.to_bytes(arena.array(segment, 0, len(pattern))) == pattern
+
+    def test_what_was_filled_can_be_read_before_the_seal(self) -> None:
+        """Files are written from the host's memory of a segment, which nobody can write to that way."""
+        arena = self.filled(PATTERNS)
+        for segment, pattern in enumerate(PATTERNS):
+            view = arena.readable(segment)
+            assert view.readonly
+            assert view == pattern
+
+    def test_what_is_read_after_the_seal_is_what_was_filled(self) -> None:
+        """A user's writes do not show there, or there is nothing to read any more."""
+        arena = self.sealed()
+        arena.array(3, 0, SEGMENTS[3])[:] = 9
+        if arena.stays_clean:
+            assert arena.readable(3) == PATTERNS[3]
+        else:
+            with pytest.raises(RuntimeError, match="sealed"):
+                arena.readable(3)
+
+    def test_nothing_is_filled_after_the_seal(self) -> None:
+        """Filling a sealed arena is a bug of the caller and does not pass silently."""
+        arena = self.sealed()
+        with pytest.raises(RuntimeError, match=r"sealed|mapped"):
+            arena.writable(0)
+
+    def test_arrays_are_flat_writable_bytes(self) -> None:
+        """An array is one-dimensional uint8 of the length asked for, at an aligned address for an aligned offset."""
+        arena = self.sealed()
+        for segment, offset_bytes, length_bytes in ((2, 0, 4096), (3, 512, 70_000), (3, 300_000, 0), (1, 0, 0)):
+            array = arena.array(segment, offset_bytes, length_bytes)
+            assert (str(array.dtype), array.shape) == ("uint8", (length_bytes,))
+            if length_bytes:
+                assert self.address(array) % SEGMENT_ALIGNMENT_BYTES == 0
+
+    def test_writes_are_seen_by_every_array_of_the_range(self) -> None:
+        """Two arrays of one range are the same memory, so tied leaves stay tied."""
+        arena = self.sealed()
+        one, other = arena.array(3, 0, 1024), arena.array(3, 512, 1024)
+        one[512:] = 9
+        assert self.to_bytes(other) == bytes([9]) * 512 + PATTERNS[3][1024:1536]
+
+    def test_arrays_outlive_the_arena(self) -> None:
+        """An array keeps its memory: the arena may be forgotten."""
+        array = self.sealed().array(3, 0, SEGMENTS[3])
+        gc.collect()
+        assert self.to_bytes(array) == PATTERNS[3]
+
+    def test_arenas_of_the_same_bytes_are_apart(self) -> None:
+        """What is written to one arena is not seen in another, whatever they were filled from."""
+        first, second = self.sealed(), self.sealed()
+        first.array(3, 0, SEGMENTS[3])[:] = 9
+        assert self.to_bytes(second.array(3, 0, SEGMENTS[3])) == PATTERNS[3]
+
+
+class DeviceContract(ArenaContract):
+    """What every device promises: see ``coldstart.devices.base``. A subclass overrides ``make``."""
+
+    def make(self) -> Device:
+        """Return the device under test."""
+        raise NotImplementedError
+
+    def filled(self, contents: Sequence[bytes]) -> Arena:
+        """An arena of the device, filled as a fetch does."""
+        arena = self.make().allocate([len(content) for content in contents])
+        for segment, content in enumerate(contents):
+            arena.writable(segment)[:] = content
+        return arena
 
     def test_info_says_what_it_is(self) -> None:
         """The device has a type and a name, and no more free memory than memory."""
@@ -55,20 +150,6 @@ class DeviceContract:
         assert tuple(arena.segment_bytes) == SEGMENTS
         assert tuple(len(arena.writable(segment)) for segment in range(len(SEGMENTS))) == SEGMENTS
 
-    def test_no_segments_are_an_arena_too(self) -> None:
-        """A snapshot without bytes can be restored."""
-        arena = self.make().allocate([])
-        arena.seal()
-        assert tuple(arena.segment_bytes) == ()
-
-    def test_what_was_filled_is_what_arrays_show(self) -> None:
-        """Every segment shows its own bytes: writing one touches no other."""
-        arena = self.make().allocate(SEGMENTS)
-        patterns = [fill(arena, segment) for segment in range(len(SEGMENTS))]
-        arena.seal()
-        for segment, pattern in enumerate(patterns):
-            assert self.to_bytes(arena.array(segment, 0, len(pattern))) == pattern
-
     def test_arrays_may_be_taken_before_the_fill(self) -> None:
         """Binding happens while bytes still arrive, so an array taken (and read) early shows what comes later."""
         arena = self.make().allocate(SEGMENTS)
@@ -77,45 +158,6 @@ class DeviceContract:
         pattern = fill(arena, 3)
         arena.seal()
         assert self.to_bytes(early) == pattern[256:1256]
-
-    def test_arrays_are_flat_writable_bytes(self) -> None:
-        """An array is one-dimensional uint8 of the length asked for, at an aligned address for an aligned offset."""
-        arena = self.make().allocate(SEGMENTS)
-        arena.seal()
-        for segment, offset_bytes, length_bytes in ((2, 0, 4096), (3, 512, 70_000), (3, 300_000, 0), (1, 0, 0)):
-            array = arena.array(segment, offset_bytes, length_bytes)
-            assert (str(array.dtype), array.shape) == ("uint8", (length_bytes,))
-            if length_bytes:
-                assert self.address(array) % SEGMENT_ALIGNMENT_BYTES == 0
-
-    def test_writes_are_seen_by_every_array_of_the_range(self) -> None:
-        """Two arrays of one range are the same memory, so tied leaves stay tied."""
-        arena = self.make().allocate(SEGMENTS)
-        pattern = fill(arena, 3)
-        arena.seal()
-        one, other = arena.array(3, 0, 1024), arena.array(3, 512, 1024)
-        one[512:] = 9
-        assert self.to_bytes(other) == bytes([9]) * 512 + pattern[1024:1536]
-
-    def test_arrays_outlive_the_arena(self) -> None:
-        """An array keeps its memory: the arena may be forgotten."""
-        arena = self.make().allocate(SEGMENTS)
-        pattern = fill(arena, 3)
-        arena.seal()
-        array = arena.array(3, 0, len(pattern))
-        del arena
-        gc.collect()
-        assert self.to_bytes(array) == pattern
-
-    def test_arenas_are_apart(self) -> None:
-        """Two arenas of one device share nothing."""
-        device = self.make()
-        first, second = device.allocate([1000]), device.allocate([1000])
-        first.writable(0)[:] = b"1" * 1000
-        second.writable(0)[:] = b"2" * 1000
-        for arena in (first, second):
-            arena.seal()
-        assert self.to_bytes(first.array(0, 0, 1000)) == b"1" * 1000
 
     def test_threads_fill_one_arena(self) -> None:
         """A fetch writes from several threads at once."""

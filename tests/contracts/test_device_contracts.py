@@ -8,14 +8,20 @@ import gc
 import mmap
 import os
 import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from coldstart.devices import pick
+from coldstart.devices.base import MappedFile
 from coldstart.devices.cpu import MARGIN_BYTES, CpuDevice
 from coldstart.errors import ConfigError, DeviceError
-from coldstart.testing.devices import SEGMENTS, DeviceContract, fill
+from coldstart.testing.devices import PATTERNS, SEGMENTS, ArenaContract, DeviceContract, fill
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
 GIB = 1 << 30
@@ -37,6 +43,60 @@ class TestCpuWithoutMemoryFiles(DeviceContract):
     def test_there_is_no_descriptor_to_hand_over(self):
         """Without a memory file only this process can fill the arena, and it says so."""
         assert self.make().allocate(SEGMENTS).fileno is None
+
+
+class TestMappedFiles(ArenaContract):
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path):
+        self.place = tmp_path
+
+    def files(self, contents) -> list[Path]:
+        """A file for each content, nobody's to write; the same contents are in the same files."""
+        paths = [self.place / f"{len(contents)}-{number}" for number in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            if not path.exists():
+                path.write_bytes(content)
+                path.chmod(0o400)
+        return paths
+
+    def filled(self, contents):
+        with ExitStack() as opened:
+            files = [opened.enter_context(path.open("rb")) for path in self.files(contents)]
+            return CpuDevice().map_files(
+                [MappedFile(file.fileno(), len(content)) for file, content in zip(files, contents, strict=True)]
+            )
+
+    def test_a_users_writes_do_not_reach_the_file(self):
+        """What one worker changes is its own, in the file and in every other worker's mapping."""
+        other = self.sealed().array(3, 0, SEGMENTS[3])
+        self.sealed().array(3, 0, SEGMENTS[3])[:] = 0
+        assert self.files(PATTERNS)[3].read_bytes() == other.tobytes() == PATTERNS[3]
+
+    def test_arrays_outlive_the_files_name(self):
+        """A file that is removed while it is mapped is whole for who has it mapped."""
+        array = self.sealed().array(3, 0, SEGMENTS[3])
+        for path in self.files(PATTERNS):
+            path.unlink()
+        assert array.tobytes() == PATTERNS[3]
+
+    def test_nothing_is_handed_to_a_fetcher(self):
+        """There is no descriptor to fill and no promise for after the seal."""
+        arena = self.sealed()
+        assert (arena.fileno, arena.stays_clean) == (None, False)
+
+    def test_no_descriptor_is_left(self):
+        """A forgotten arena whose arrays are gone leaves no descriptor behind."""
+        before = len(os.listdir("/proc/self/fd"))
+        self.sealed()
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_a_file_that_is_too_short_is_an_error(self):
+        """A mapping beyond a file's end, which would kill its reader, is not made."""
+        path = self.place / "short"
+        path.write_bytes(b"123")
+        with path.open("rb") as file, pytest.raises(DeviceError, match="could not be mapped"):
+            CpuDevice().map_files([MappedFile(file.fileno(), 5000)])
 
 
 def machine(files: dict[str, str]) -> CpuDevice:
@@ -156,7 +216,7 @@ def test_cpu_arena_is_private_to_the_user():
     pattern = fill(arena, 2)
     arena.seal()
     arena.array(2, 0, 4096)[:] = 0
-    with mmap.mmap(arena.fileno, 0) as other:
+    with mmap.mmap(arena.fileno, 0, access=mmap.ACCESS_READ) as other:
         start = arena.segment_offsets[2]
         assert other[start : start + 4096] == pattern
 
@@ -201,12 +261,28 @@ def test_cpu_arena_closes_its_descriptors():
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_cpu_arena_takes_no_fill_after_the_seal():
-    """Filling a sealed arena is a bug of the caller and does not pass silently."""
+@linux
+def test_cpu_arena_cannot_be_written_to_by_its_descriptor_after_the_seal():
+    """What was fetched stays as it was in the memory file: no further mapping and no write reaches it."""
     arena = CpuDevice().allocate(SEGMENTS)
+    pattern = fill(arena, 2)
     arena.seal()
-    with pytest.raises(RuntimeError, match="sealed"):
-        arena.writable(0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(arena.fileno, 0)
+    with pytest.raises(PermissionError):
+        os.pwrite(arena.fileno, b"x", arena.segment_offsets[2])
+    assert arena.stays_clean
+    assert arena.readable(2) == pattern
+
+
+@linux
+def test_cpu_arena_seals_on_a_kernel_without_that_seal(monkeypatch):
+    """An older kernel refuses the seal against writing, and the arena is used without it."""
+    monkeypatch.setattr("coldstart.devices.cpu._F_SEAL_FUTURE_WRITE", 1 << 30)
+    arena = CpuDevice().allocate(SEGMENTS)
+    pattern = fill(arena, 2)
+    arena.seal()
+    assert arena.readable(2) == pattern
 
 
 def test_cpu_arrays_are_writable_numpy_views():

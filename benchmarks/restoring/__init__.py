@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks/restore.py``: the model, its server and links, the readers, and what is made of their times."""

@@ -1,0 +1,111 @@
+"""Looking a snapshot up in the fetcher: it is on its way before this process knows what it wants.
+
+The fetcher is spawned first of all. It reads the ref of the name and key that it is told and the manifest that the ref
+names, sends both as they are stored, and begins to fetch at once, into a memory file that it lays out as the device
+would and sends along. So nothing of the fetch waits for this process, which is importing and may hold the interpreter
+lock for a third of a second in one go; when it has time, it reads what was sent as it would read its own store's
+answer (``Ahead.read``), and adopts the memory.
+
+Whatever the fetcher cannot do (read an object, have the memory), this process does for itself: what stands in the way is
+told once, in the usual words. Where the host may have the bytes in flat files, the fetcher waits to be told.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart.fetch.process import Fetcher, can_share, can_spawn, start_with
+from coldstart.stores.base import StoredObject
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coldstart.fetch.base import Address, Fetch, FetchRequest
+    from coldstart.fetch.crew import Bounds
+
+
+class Begun(NamedTuple):
+    """A fetch that is under way: its arena's memory file, and the queue of its chunks."""
+
+    arena_fd: int
+    queue_fd: int
+
+
+def begin(address: Address, ref_key: str, bounds: Bounds) -> Ahead | None:
+    """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had."""
+    if not can_spawn():
+        return None
+    try:
+        fetcher = Fetcher()
+    except OSError:
+        return None  # whoever fetches will see it again, and say so
+    fetcher.tell({"url": address.url, "options": address.options._asdict(), "ref_key": ref_key, "bounds": list(bounds)})
+    return Ahead(fetcher)
+
+
+class Ahead:
+    """What a fetcher finds of a snapshot, and its fetch. Used by one thread, but for ``cancel``."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher: Fetcher | None = fetcher
+        self._found: dict[str, StoredObject] = {}
+        self._manifest_key = ""
+        self._begun: Begun | None = None
+        self.found_monotonic_seconds = 0.0
+        """When the fetcher had the manifest, which may be long before this process hears of it; 0.0: it has none."""
+
+    def read(self, key: str) -> StoredObject | None:
+        """The object as the fetcher found it; None where it did not, or was not asked to."""
+        while key not in self._found and self._hear():
+            pass
+        return self._found.get(key)
+
+    def arena_fd(self, manifest_key: str) -> int | None:
+        """The memory file that is being filled with this manifest, for the caller to keep or close; None: none is."""
+        if self._begun is None or manifest_key != self._manifest_key:
+            return None
+        return os.dup(self._begun.arena_fd)
+
+    def fetch(self, request: FetchRequest, manifest_key: str) -> Fetch | None:
+        """Have it fetch, or go on fetching, the manifest that it has found into the request's arena.
+
+        None if that is another manifest, or the arena cannot be shared.
+        """
+        if self._fetcher is None or manifest_key != self._manifest_key or not can_share(request):
+            return None
+        fetcher, self._fetcher = self._fetcher, None
+        return start_with(fetcher, request, None if self._begun is None else os.dup(self._begun.queue_fd))
+
+    def cancel(self) -> None:
+        """It is not needed any more, and whoever waits for it need not. From any thread."""
+        fetcher = self._fetcher
+        if fetcher is not None:
+            fetcher.hang_up()
+
+    def end(self) -> None:
+        """Let go of all, and end the fetcher unless a fetch has taken it over."""
+        fetcher, self._fetcher = self._fetcher, None
+        if fetcher is not None:
+            fetcher.end()
+        begun, self._begun = self._begun, None
+        for descriptor in begun or ():
+            os.close(descriptor)
+
+    def _hear(self) -> bool:
+        """Take its next message; False where none will come."""
+        if self._fetcher is None or self._manifest_key:
+            return False
+        found, descriptors = self._fetcher.hear()
+        if found is None:
+            self.end()
+            return False
+        self._found[found["key"]] = StoredObject(found["data"].encode("utf-8", "surrogateescape"), found["etag"])
+        if found["is_manifest"]:
+            self._manifest_key, self.found_monotonic_seconds = found["key"], found["found_seconds"]
+            self._begun = _begun(descriptors)
+        return True
+
+
+def _begun(descriptors: Sequence[int]) -> Begun | None:
+    return Begun(*descriptors) if descriptors else None

@@ -1,0 +1,402 @@
+"""Saving in a process of its own, which nobody who is served notices: it has an interpreter lock and a priority of its own.
+
+A thread of low priority that holds this interpreter's lock, and is not scheduled, holds up every request; a process does
+not. So this one only copies chunks into slots of a memory file, by calls that let other threads go on. The saver hashes,
+encodes and stores them, several at a time, and answers how. It writes manifest and ref too, so that a bucket's client is
+never imported here.
+
+The saver ends when this process does, or lets go of it. Where it cannot be had, or dies, the thread that captures does
+the work: of chunks without an answer it takes another copy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from coldstart import errors
+from coldstart.config import child_environment
+from coldstart.errors import CaptureError, ColdstartError, ObjectMissingError
+from coldstart.repository import Repository
+from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
+from coldstart.save.here import gathered, save_here
+from coldstart.save.stage import hash_of
+from coldstart.save.wire import receive, send
+from coldstart.stores.base import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from coldstart.save.base import Saving, Task, Terms
+    from coldstart.stores.base import Capabilities, ObjectInfo, StoredObject
+
+_Result = TypeVar("_Result")
+
+WIRE_FD, RING_FD = 3, 4
+"""Descriptors of the saver: its end of the wire, and the memory file with the slots."""
+THREADS = 8
+"""Chunks that are encoded and sent at a time, where the budget has room for them: many small ones, or few large ones."""
+
+_MOST_SLOTS = 2 * THREADS
+_SLOTS_PART, _WORK_PART = 4, 2
+"""The slots may have a quarter of the memory budget, the saver's work a half; the rest is for its interpreter."""
+_FIRST_FREE_FD = 10
+_PIECES_AT_ONCE = 1024
+_STOP_SECONDS = 0.2
+_BOOT = "import sys; sys.path[:] = {path!r}; from coldstart.save.child import main; main()"
+
+
+def save_in_process(saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> Saver:
+    """A saver process for chunks under ``terms``; where there is none to be had, the thread that captures."""
+    assert saving.address is not None
+    if saving.address.url.startswith("memory:"):
+        return save_here(repository, terms, saving.bytes_per_second, stopping)
+    if sys.platform != "linux" or not hasattr(os, "memfd_create") or not sys.executable:
+        return save_here(
+            repository, terms, saving.bytes_per_second, stopping, reason="this platform has no saver process"
+        )
+    try:
+        return _Process(saving, terms, repository, stopping)
+    except OSError as error:
+        reason = f"the saver process could not be started: {error.strerror}"
+        return save_here(repository, terms, saving.bytes_per_second, stopping, reason=reason)
+
+
+class _Process(Saver):
+    def __init__(self, saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> None:
+        self._repository = Repository(_WritingStore(self, repository.store))
+        self._stopping = stopping
+        reason = "the saver process ended early"
+        self._here = save_here(repository, terms, saving.bytes_per_second, stopping, reason=reason)
+        self._engine = PROCESS
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._slots: dict[int, int] = {}
+        """The slot of each chunk that has no answer yet."""
+        self._sent = 0
+        self._error: ColdstartError | None = None
+        self._is_over = False
+        self._slot_bytes = max(1, terms.largest_bytes)
+        count = min(_MOST_SLOTS, max(1, saving.budget_bytes // _SLOTS_PART // self._slot_bytes))
+        self._free = list(range(count))
+        self._ring = _memory_file(count * self._slot_bytes)
+        try:
+            self._wire, self._pid = _spawn(self._ring)
+        except OSError:
+            os.close(self._ring)
+            raise
+        self._listener = threading.Thread(target=self._listen, name="coldstart-saver", daemon=True)
+        self._listener.start()
+        self._send(_greeting(saving, terms))
+
+    @property
+    def engine(self) -> str:
+        return self._engine
+
+    @property
+    def repository(self) -> Repository:
+        return self._repository
+
+    @property
+    def group(self) -> int:
+        return self._pid
+
+    def save(self, tasks: Iterable[Task]) -> list[Saved]:
+        return self._done("save", tasks, _saved, self._here.save)
+
+    def hashes(self, tasks: Iterable[Task]) -> list[str]:
+        return self._done("hash", tasks, _raw_hash, self._here.hashes)
+
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool, if_match: str | None) -> str | None:
+        """Write a small object and return its etag; None where the saver ended without saying. Raises StoreError."""
+        with self._changed:
+            number = self._next_number()
+        head = {"number": number, "operation": "put", "key": key, "if_absent": if_absent, "if_match": if_match}
+        sent = not self._is_over and self._send(head, bytes(data))
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._answers or self._is_over or self._error or not sent)
+            answer = self._answers.pop(number, None)
+        if answer is None and self._error is not None:
+            raise self._error
+        if answer is None:
+            self._engine = self._here.engine
+            return None
+        if "error" in answer:
+            raise _error_of(answer)
+        return str(answer["etag"])
+
+    def stop(self) -> None:
+        if self._sending.acquire(timeout=_STOP_SECONDS):  # else it is given something long, and no chunk
+            try:
+                with suppress(OSError):
+                    send(self._wire, {"operation": "stop"})
+            finally:
+                self._sending.release()
+        with self._changed:
+            self._changed.notify_all()
+
+    def end(self, seconds: float = 0.0) -> None:
+        with self._changed:
+            if self._ring < 0:
+                return
+            self._changed.wait_for(lambda: self._is_over or not self._slots, timeout=seconds)
+        with suppress(OSError):  # it has ended already
+            self._wire.shutdown(socket.SHUT_RDWR)
+        self._listener.join()
+        self._wire.close()
+        os.close(self._ring)
+        self._ring = -1
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # somebody in this process has waited for all children
+            os.waitpid(self._pid, 0)
+
+    # --- chunks ------------------------------------------------------------------------------------------------------
+
+    def _done(
+        self,
+        operation: str,
+        tasks: Iterable[Task],
+        read: Callable[[dict[str, Any]], _Result],
+        instead: Callable[[Iterable[Task]], list[_Result]],
+    ) -> list[_Result]:
+        """What became of each task: by the saver as long as there is one, the rest ``instead``."""
+        left = iter(tasks)
+        given: list[tuple[Task, int | None]] = []
+        for task in left:
+            given.append((task, self._give(operation, task)))
+            if given[-1][1] is None:
+                break
+        answers = self._wait_for([number for _, number in given])
+        unanswered = [task for (task, _), answer in zip(given, answers, strict=True) if answer is None]
+        if unanswered:
+            self._engine = self._here.engine
+        again = iter(instead(unanswered))
+        found = [next(again) if answer is None else read(answer) for answer in answers]
+        return found + (instead(left) if self._is_over else [])
+
+    def _give(self, operation: str, task: Task) -> int | None:
+        """Copy a chunk into a slot, once there is one, and send word of it; None where the saver has ended."""
+        before = hash_of(gathered(task)) if operation == "save" and not task.settled else ""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._is_halted())
+            self._check_halted()
+            if self._is_over:
+                return None
+            number, slot = self._next_number(), self._free.pop()
+            self._slots[number] = slot
+        offset_bytes = slot * self._slot_bytes
+        _write(self._ring, offset_bytes, task.pieces())
+        head = {
+            "number": number,
+            "operation": operation,
+            "offset_bytes": offset_bytes,
+            "length_bytes": task.length_bytes,
+            "item_bytes": task.item_bytes,
+            "segment": task.segment,
+            "before": before,
+        }
+        return number if self._send(head) else None
+
+    def _wait_for(self, numbers: list[int | None]) -> list[dict[str, Any] | None]:
+        """The answers to what was sent, None where there will be none."""
+        asked = [number for number in numbers if number is not None]
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_halted() or all(number in self._answers for number in asked))
+            if not all(number in self._answers for number in asked):
+                self._check_halted()
+            return [None if number is None else self._answers.pop(number, None) for number in numbers]
+
+    def _is_halted(self) -> bool:
+        return self._is_over or self._error is not None or self._stopping.is_set()
+
+    def _check_halted(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopping.is_set():
+            raise CaptureError(STOPPED)
+
+    def _next_number(self) -> int:
+        self._sent += 1
+        return self._sent
+
+    # --- the wire ----------------------------------------------------------------------------------------------------
+
+    def _send(self, document: dict[str, Any], data: bytes = b"") -> bool:
+        """Whether it could be sent; what cannot is the saver's end, which the listener notices."""
+        try:
+            with self._sending:
+                send(self._wire, document, data)
+        except OSError:
+            self._note_end()
+            return False
+        return True
+
+    def _listen(self) -> None:
+        """Take answers until the saver ends, or is let go of."""
+        with suppress(OSError):
+            while (message := receive(self._wire)) is not None:
+                self._take(message.document)
+        self._note_end()
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        number = answer["number"]
+        with self._changed:
+            slot = self._slots.pop(number, None)
+            if slot is not None:
+                self._free.append(slot)
+            if "error" in answer and (slot is not None or number == 0):
+                self._error = self._error or _error_of(answer)
+            else:
+                self._answers[number] = answer
+            self._changed.notify_all()
+
+    def _note_end(self) -> None:
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+
+
+class _WritingStore(Store):
+    """The store as this process reads it; what is written goes through the saver as long as there is one."""
+
+    def __init__(self, saver: _Process, store: Store) -> None:
+        self._saver = saver
+        self._store = store
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._store.capabilities
+
+    def get(self, key: str) -> StoredObject:
+        return self._store.get(key)
+
+    def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
+        self._store.read_into(key, target, offset_bytes=offset_bytes)
+
+    def head(self, key: str) -> ObjectInfo:
+        return self._store.head(key)
+
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        etag = self._saver.put(key, data, if_absent=if_absent, if_match=if_match)
+        return self._put_here(key, data, if_absent=if_absent, if_match=if_match) if etag is None else etag
+
+    def _put_here(self, key: str, data: bytes | memoryview, *, if_absent: bool, if_match: str | None) -> str:
+        """After the saver's end: it may have written before. Whoever swaps a ref can tell its own from another's."""
+        with suppress(ObjectMissingError):
+            stored = self._store.get(key)
+            if stored.data == bytes(data):
+                return stored.etag
+        return self._store.put(key, data, if_absent=if_absent, if_match=if_match)
+
+    def delete(self, key: str) -> None:
+        self._store.delete(key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self._store.list(prefix)
+
+
+def _memory_file(size_bytes: int) -> int:
+    descriptor = os.memfd_create("coldstart-saver", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(descriptor, size_bytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _write(file: int, offset_bytes: int, pieces: Iterator[memoryview]) -> None:
+    """Write pieces end to end. Other threads of this interpreter go on during each call."""
+    while batch := list(islice(pieces, _PIECES_AT_ONCE)):
+        while batch:
+            done = os.pwritev(file, batch, offset_bytes)
+            offset_bytes += done
+            batch = _rest(batch, done)
+
+
+def _rest(pieces: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of pieces of which the first ``done`` bytes are written."""
+    for index, piece in enumerate(pieces):
+        if done < len(piece):
+            return [piece[done:], *pieces[index + 1 :]]
+        done -= len(piece)
+    return []
+
+
+def _spawn(ring_fd: int) -> tuple[socket.socket, int]:
+    """A saver that waits for its greeting: our end of the wire, and its process id. Raises OSError."""
+    ours, theirs = socket.socketpair()
+    # Above 4, so that putting one in its place cannot overwrite the other.
+    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) for fd in (theirs.fileno(), ring_fd)]
+    theirs.close()
+    code = _BOOT.format(path=list(sys.path))
+    try:
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", code],
+            child_environment({"OPENBLAS_NUM_THREADS": "1"}),  # numpy only moves bytes there
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_DUP2, moved[0], WIRE_FD),
+                (os.POSIX_SPAWN_DUP2, moved[1], RING_FD),
+            ],
+            setpgroup=0,  # coldstart.save.turns stops the group
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        for fd in moved:
+            os.close(fd)
+    return ours, pid
+
+
+def _greeting(saving: Saving, terms: Terms) -> dict[str, Any]:
+    assert saving.address is not None
+    return {
+        "url": saving.address.url,
+        "options": saving.address.options._asdict(),
+        "parent": os.getpid(),
+        "threads": THREADS,
+        "budget_bytes": saving.budget_bytes // _WORK_PART,
+        "bytes_per_second": saving.bytes_per_second,
+        "codec": terms.codec,
+        "level": terms.level,
+        "known": [
+            [item_bytes, chunk._replace(parameters=dict(chunk.parameters))]
+            for (_, item_bytes, _), chunk in terms.known.items()
+        ],
+        "known_stays": terms.known_stays,
+        "relies_on_stored": terms.relies_on_stored,
+        "raw_bytes": terms.raw_bytes,
+        "largest_bytes": terms.largest_bytes,
+    }
+
+
+def _saved(answer: dict[str, Any]) -> Saved:
+    return Saved(*(answer[field] for field in Saved._fields))
+
+
+def _raw_hash(answer: dict[str, Any]) -> str:
+    return str(answer["raw_hash"])
+
+
+def _error_of(answer: dict[str, Any]) -> ColdstartError:
+    """The error that the saver met, as it would have been raised here."""
+    kind = getattr(errors, answer["error"], CaptureError)
+    made: ColdstartError = kind(answer["message"], snapshot=answer["snapshot"], key=answer["key"])
+    return made
