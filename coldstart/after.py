@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from coldstart import events
 from coldstart.errors import StoreError
-from coldstart.resnapshot import Resnapshot, lower_priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from coldstart.definition import Policy
     from coldstart.metrics import Transfers
     from coldstart.parts import Parts
-    from coldstart.resnapshot import Outcome, Plan
+    from coldstart.resnapshot import Outcome, Plan, Resnapshot
 
 SINK_QUIET_SECONDS = 1.0
 """How long a ready worker waits for its first answer before log lines are written after all (importing structlog takes time)."""
@@ -73,11 +72,15 @@ class AfterReady:
                 self._resnapshot = self._make_snapshots()
         finally:
             self._settled.set()
+        from coldstart.save.priority import lower_priority
+
         lower_priority()
         with suppress(StoreError):  # the store cannot even be opened any more: then there is no place for flat files
             self._parts.keep_segments(pace=lambda: self._idle(0.0), stop=self._stopping)
 
     def _make_snapshots(self) -> Resnapshot:
+        from coldstart.resnapshot import Resnapshot
+
         return Resnapshot(
             self._plans,
             self._parts.open_repository,

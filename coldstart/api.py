@@ -176,7 +176,10 @@ def _prefetch(name: str, *, depth: int) -> None:
 
     from coldstart.registry import begin_early
 
-    path = sys._getframe(depth).f_code.co_filename  # noqa: SLF001  the one way to know the caller's file
+    caller = sys._getframe(depth)  # noqa: SLF001  the one way to know the caller's file
+    if caller.f_globals.get("__name__") == "__mp_main__":
+        return  # multiprocessing imports the main file again in each process that it spawns: none of them starts by that
+    path = caller.f_code.co_filename
     if os.path.isfile(path):  # else typed at a prompt: there is no source to look ahead in
         begin_early(path, name)
 

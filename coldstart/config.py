@@ -124,7 +124,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("capture_idle_seconds", kinds.seconds(86_400), 0.25, "how long no event may run before a capture begins"),
     _setting(
         "capture_engine",
-        kinds.choice("auto", "process", "thread"),
+        kinds.choice("auto", "process", "threads"),
         "auto",
         "who hashes, encodes and stores; auto: a process of its own where that pays",
     ),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstart import caches, events
-from coldstart.capture import Encoding
 from coldstart.config import read_variable
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
@@ -21,15 +20,14 @@ from coldstart.early import NO_STORE, Early, Services, address_of, opener_of_sta
 from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
-from coldstart.resnapshot import marks_of
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
-from coldstart.save import Saving
 from coldstart.segments import keep_segments
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping
 
+    from coldstart.capture import Encoding
     from coldstart.definition import Definition
     from coldstart.fetch.base import FetchReport
     from coldstart.frameworks import Survey
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     from coldstart.metrics import Timeline
     from coldstart.repository import Lookup
     from coldstart.restore import Restoration, Restored
+    from coldstart.save import Saving
 
 
 class Part:
@@ -275,6 +274,8 @@ class Parts:
             if found.tree is None and part.name not in self._definition.build:
                 part.obstacle = f"{found.tree_obstacle}; give build= to put its arrays into the snapshot"
                 return
+            from coldstart.resnapshot import marks_of  # 4 ms, with what it stands on, that a restored start saves
+
             part.survey = found
             part.marks = marks_of(found)
 
@@ -309,11 +310,15 @@ class Parts:
     @property
     def encoding(self) -> Encoding:
         """How new generations are stored."""
+        from coldstart.capture import Encoding
+
         return Encoding(self._services.settings.codec, self._services.settings.zstd_level)
 
     @property
     def saving(self) -> Saving:
         """Who stores new generations, and at what pace."""
+        from coldstart.save import Saving
+
         settings = self._services.settings
         return Saving(
             settings.capture_engine,

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coldstart import caches, events
-from coldstart.capture import Capture
 from coldstart.definition import Policy
 from coldstart.errors import ColdstartError
 from coldstart.frameworks import survey
-from coldstart.proof import Origin
-from coldstart.resnapshot import Plan, marks_of
 from coldstart.terms import VERSION
 
 if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.parts import Part, Parts
+    from coldstart.proof import Origin
+    from coldstart.resnapshot import Plan
     from coldstart.warmup import WarmupReport
 
 
@@ -54,11 +53,13 @@ class Planner:
 
     def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str]) -> Plan | None:
         policy = self._definition.policy
-        if part.kind == "restored":
-            return self._policy_plan(part, digests) if policy != Policy() or _recovered(part) else None
-        if not self._parts.wants_capture(part):
-            self._no_capture(part, part.reason or "captures are switched off")
+        if part.kind == "restored" and policy == Policy() and not _recovered(part):
             return None
+        if not self._parts.wants_capture(part):
+            self._no_capture(part, (part.reason if part.lookup is None else "") or "captures are switched off")
+            return None
+        if part.kind == "restored":
+            return self._policy_plan(part, digests)
         files = self._files_for(part, touched)
         if part.survey is None and not files:
             self._no_capture(part, f"{part.obstacle}; load used no hub cache either, so there is nothing to store")
@@ -74,10 +75,15 @@ class Planner:
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None
+            from coldstart.resnapshot import marks_of
+
             part.marks = marks_of(part.survey)
         return self._plan(part, tuple(part.files), digests)
 
     def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
+        from coldstart.capture import Capture
+        from coldstart.resnapshot import Plan
+
         assert part.key is not None
         assert part.lookup is not None
         capture = Capture(
@@ -133,6 +139,8 @@ def _recovered(part: Part) -> bool:
 
 def _origin(definition: Definition) -> Origin:
     """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
+    from coldstart.proof import Origin
+
     defined = definition.owner or definition.function
     spec = getattr(sys.modules.get(defined.__module__), "__spec__", None)
     return Origin(os.path.abspath(definition.file), spec.name if spec else defined.__module__, definition.name)

@@ -6,11 +6,12 @@ to import, is there for log lines only once a fetch has lasted LOG_AFTER_SECONDS
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from coldstart.events import FellBack, FetchEnded, FetchProgress, WorkerFailed
+from coldstart.events import FellBack, FetchEnded, FetchProgress, SnapshotPassedOver, WorkerFailed, WorkerReady
 
 if TYPE_CHECKING:
     from coldstart.config import Settings
@@ -18,15 +19,26 @@ if TYPE_CHECKING:
 
 LOG_AFTER_SECONDS = 5.0
 BAR_WIDTH = 24
+LINE_WIDTH = 80
 _CLEARED = "\r\x1b[K"
+_ENDS = (FetchEnded, SnapshotPassedOver, FellBack, WorkerReady, WorkerFailed)
+"""What no fetch goes on after, or whose lines are to stand alone."""
 
 
 def show_progress(bus: EventBus, settings: Settings) -> None:
     """Show the fetches of ``bus`` as the settings and standard error allow."""
-    if settings.progress and sys.stderr is not None and sys.stderr.isatty():
+    if settings.progress and _is_terminal(sys.stderr):
         bus.subscribe(Bar(sys.stderr))
     elif settings.log != "off":
         bus.subscribe(_LogInTime(settings))
+
+
+def _is_terminal(file: Any) -> bool:
+    """What programs put in place of a standard stream need not have more than ``write``, and may be closed, or None."""
+    try:
+        return bool(file.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def line_of(event: FetchProgress) -> str:
@@ -56,11 +68,17 @@ class Bar:
     def __call__(self, event: Event) -> None:
         """Draw, clear, or leave the line as it is."""
         if isinstance(event, FetchProgress):
-            self._write(_CLEARED + line_of(event))
+            self._write(_CLEARED + line_of(event)[: self._columns() - 1])
             self._drawn = True
-        elif self._drawn and isinstance(event, (FetchEnded, FellBack, WorkerFailed)):
+        elif self._drawn and isinstance(event, _ENDS):
             self._write(_CLEARED)
             self._drawn = False
+
+    def _columns(self) -> int:
+        """The terminal's width: a line that is longer goes on below, where nothing would clear it."""
+        with suppress(AttributeError, OSError, ValueError):
+            return os.get_terminal_size(self._terminal.fileno()).columns or LINE_WIDTH
+        return LINE_WIDTH
 
     def _write(self, text: str) -> None:
         with suppress(OSError, ValueError):  # the terminal has gone

@@ -2,6 +2,8 @@
 
 The order: wait for an idle moment, see that no event has changed the weights, write blobs and manifest, prove the
 generation in a fresh process, move the ref. Any failure ends here as an event and a reason; it never reaches a request.
+
+A restored worker that is to make none does not import this module, nor what it stands on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateC
 from coldstart.proof import Proof
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
+from coldstart.save.priority import lower_priority
 from coldstart.save.turns import Turns
 
 if TYPE_CHECKING:
@@ -71,6 +74,8 @@ class Outcome(NamedTuple):
 NOT_COMPARED = "a fresh process started from it, but no answers were compared; give warmup= inputs whose answers repeat"
 """What is said of a generation whose proof was its start alone."""
 
+_LAST_PUTS_SECONDS = 5.0
+"""How long puts that are under way when a capture fails may take."""
 _REAP_SECONDS = 0.5
 """How long ending a saver process may take when its time is over."""
 
@@ -156,9 +161,12 @@ class Resnapshot:
         self.outcomes.append(outcome)
 
     def _end_writing(self) -> None:
+        """After a failure other puts may be under way: one that is cut off leaves a temporary file in a folder."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.saver.end(max(0.0, self._stop_seconds - time.monotonic()))
+            writing.saver.stop()
+            until_seconds = self._stop_seconds or time.monotonic() + _LAST_PUTS_SECONDS
+            writing.saver.end(max(0.0, until_seconds - time.monotonic()))
 
     def _make(self, plan: Plan, began: float) -> Outcome:
         self._idle(self._idle_seconds)
@@ -189,12 +197,14 @@ class Resnapshot:
     @contextmanager
     def _between_events(self, group: int) -> Iterator[None]:
         """While the block runs, a process group (0: none) works only between events, or for moments beside them."""
-        turns = Turns(group, self._idle) if group else None
+        if not group:
+            yield
+            return
+        turns = Turns(group, self._idle)
         try:
             yield
         finally:
-            if turns is not None:
-                turns.end()
+            turns.end()
 
     def _published(self, written: Written, seconds: float, reason: str, engine: str) -> Outcome:
         manifest = written.manifest
@@ -279,15 +289,6 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
             parent, parent_key = None, ""
     generation = (replaces.ref.generation if replaces.ref else 0) + 1
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
-
-
-def lower_priority() -> None:
-    """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
-    import os
-    import sys
-
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def marks_of(survey: Survey) -> dict[str, Any]:

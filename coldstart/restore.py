@@ -1,8 +1,15 @@
 """Restoring: a snapshot on its way into memory, from the look-up of its ref to the last verified chunk.
 
-A ``Restoration`` works in a thread of its own from the moment it is made, so it runs in the shadow of whatever the main
-thread does (imports, mostly). It ends in one of three outcomes: Restored, Missing (there is no snapshot for the key) or
-Unusable (there is one, and neither it nor the generation before it could be read).
+A ``Restoration`` works from the moment it is made, in the shadow of whatever the main thread does (imports, mostly):
+
+1. where the store is remote, whoever makes it spawns a fetcher, which looks ref and manifest up and begins by itself;
+2. a thread of its own reads ref and manifest, as the fetcher found them or from the store;
+3. if this host has the segments as flat files, they are mapped; else the arena is adopted from the fetcher or allocated,
+   and the chunks are fetched into it, by that fetcher or the engine that is asked for;
+4. what fails is tried once more with the generation before it.
+
+It ends in one of three outcomes: Restored, Missing (there is no snapshot for the key) or Unusable (there is one, and
+neither it nor the generation before it could be read).
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
-from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError
+from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError, StoreTransientError
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
 from coldstart.fetch.crew import Bounds
 from coldstart.frameworks import arrays, bind, rebuild
@@ -25,12 +32,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from coldstart.devices.base import Arena, Device
-    from coldstart.fetch.ahead import Ahead
+    from coldstart.fetch.ahead import LookAhead
     from coldstart.fetch.base import Address, Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
     from coldstart.repository import Lookup, Repository
     from coldstart.stores.base import StoredObject
+
+
+STALLED_SECONDS = 20.0
+"""A store that fails after as long is not waited for as long again, for the previous generation: the handler can load."""
 
 
 class Request(NamedTuple):
@@ -145,6 +156,7 @@ class Restoration:
         try:
             self._outcome = self._restore()
         except BaseException as error:  # noqa: BLE001  raised again by outcome(), in the thread that asked
+            _let_go(error)
             self._error = error
         finally:
             self.ended_monotonic_seconds = time.monotonic()
@@ -173,11 +185,17 @@ class Restoration:
         for key, recovered_by in ((lookup.ref.manifest, "none"), (lookup.ref.previous_manifest, "previous_generation")):
             if not key:
                 continue
+            began = time.monotonic()
             try:
                 return self._fetch(repository, key, recovered_by, lookup)._replace(reason="; ".join(reasons))
             except (StoreError, SnapshotError, DeviceError) as error:
                 reasons.append(_reason(error))
+                _let_go(error)
+                if self._cancelled.is_set():  # nobody wants the one before it either
+                    break
                 self._bus.publish(events.FellBack(self.request.name, "generation", reasons[-1]))
+                if isinstance(error, StoreTransientError) and time.monotonic() - began > STALLED_SECONDS:
+                    break
         return Unusable("; ".join(reasons), lookup)
 
     def _fetch(self, repository: Repository, key: str, recovered_by: str, lookup: Lookup | None) -> Restored:
@@ -238,7 +256,12 @@ class Restoration:
         )
         if self._cancelled.is_set():
             fetch.cancel()
-        return arena, fetch.wait()
+        try:
+            return arena, fetch.wait()
+        except MemoryError as error:
+            raise DeviceError("there is too little memory for fetching the snapshot: give the worker more") from error
+        finally:
+            self._under_way = None
 
     def _arena(self, manifest: Manifest, key: str) -> Arena:
         """Memory for the segments: that which is being filled already, if there is one."""
@@ -249,7 +272,7 @@ class Restoration:
     def _degrade(self, reason: str) -> None:
         self._bus.publish(events.StoreDegraded(self.request.name, reason))
 
-    def _look_ahead(self) -> Ahead | None:
+    def _look_ahead(self) -> LookAhead | None:
         """Spawn the fetcher at once, by whoever begins: a thread of ours would wait for the imports at every file it opens."""
         request = self.request
         if request.device.type != "cpu" or request.pinned or request.fresh:
@@ -267,12 +290,24 @@ class Restoration:
 
     def _progressed(self, fetched_bytes: int) -> None:
         assert self._manifest is not None
+        if self._cancelled.is_set():
+            return
         seconds = time.monotonic() - self.found_monotonic_seconds
         self._bus.publish(events.FetchProgress(self.request.name, fetched_bytes, self._manifest.stored_bytes, seconds))
 
 
 def _reason(error: ColdstartError) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames of an error that is over: they hold an arena, as large as the state that is to be loaded instead."""
+    from traceback import clear_frames
+
+    cause: BaseException | None = error
+    while cause is not None:
+        clear_frames(cause.__traceback__)
+        cause = cause.__context__
 
 
 def _why_missing(request: Request, lookup: Lookup) -> str:

@@ -271,7 +271,7 @@ def test_server_gives_ranges_and_ends(tmp_path):
     (tmp_path / "root" / "b").mkdir(parents=True)
     (tmp_path / "root" / "b" / "o").write_bytes(data)
     with ObjectServer(tmp_path / "root", tmp_path / "nginx") as server:
-        options = {"connections": 3, "part_bytes": MIB, "memory": "file"}
+        options = {"connections": 3, "part_bytes": MIB}
         task = Task(server.url, "b", "o", len(data), "", "", 0.0, options)
         found = run_trial(Path(sys.executable), "limit", task, {}, {"": blake3(data).hexdigest()})
         other = run_trial(Path(sys.executable), "limit", task, {}, {"": blake3(b"").hexdigest()})

@@ -18,6 +18,7 @@ from coldstart.errors import (
     StoreTransientError,
 )
 from coldstart.fetch import FetchRequest, start_threads
+from coldstart.fetch.threads import processors
 from coldstart.manifest import blob_key
 from coldstart.stores.memory import MemoryStore
 from coldstart.stores.retrying import RetryingStore
@@ -377,3 +378,20 @@ def test_a_fetch_is_under_way_while_its_caller_goes_on():
     assert {"coldstart-fetch-model", "coldstart-fetch-0"} <= names
     store.go.set()
     assert fetch.wait().fetched_bytes == len(PLAIN) + 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("9000000 100000", 8), ("", 8), ("nonsense", 8)],
+)
+def test_a_containers_share_of_the_processors_counts(tmp_path, monkeypatch, text, expected):
+    """A container on a large machine may keep busy what its quota says, and at least one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    (tmp_path / "cpu.max").write_text(text)
+    assert processors(str(tmp_path / "cpu.max")) == expected
+
+
+def test_without_a_quota_all_processors_count(tmp_path, monkeypatch):
+    """Where there is no control group, what the scheduler says counts."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    assert processors(str(tmp_path / "none")) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -181,11 +182,12 @@ def test_the_generation_before_is_fetched_by_another_engine(address, repository)
 
 
 def test_a_fetcher_that_dies_costs_no_answer(address, repository, monkeypatch):
-    """Dead before its first word, it is as if there had been none."""
+    """Dead before its first word, it is as if there had been none: a small snapshot is fetched by threads."""
     publish(repository)
-    monkeypatch.setattr("coldstart.fetch.process._BOOT", "import os; os._exit(3)")
+    monkeypatch.setattr("coldstart.children._BOOT", "import os; os._exit(3)")
     restored = outcome(address, repository)
     assert isinstance(restored, Restored)
+    assert restored.report.engine == "threads"
 
 
 def test_a_cancelled_look_up_ends_soon(silent_server):
@@ -205,12 +207,17 @@ def test_a_cancelled_look_up_ends_soon(silent_server):
 def test_who_looks_ahead(address, tmp_path, engine, monkeypatch):
     """Remote stores are worth a fetcher from the start; folders, and whoever asks for threads, are not."""
     spawned = []
-    monkeypatch.setattr("coldstart.fetch.ahead.Fetcher", lambda: spawned.append(1) or pytest.fail("spawned"))
+
+    def spawn():
+        spawned.append(1)
+        raise OSError(1, "refused")
+
+    monkeypatch.setattr("coldstart.fetch.ahead.Fetcher", spawn)
     for other in (None, Address(f"file://{tmp_path}", StoreOptions()), Address("memory://x", StoreOptions())):
         assert look_ahead(other, "refs/a/b", BOUNDS, engine=engine) is None
-    if engine == "threads":
-        assert look_ahead(address, "refs/a/b", BOUNDS, engine=engine) is None
     assert spawned == []
+    assert look_ahead(address, "refs/a/b", BOUNDS, engine=engine) is None, "nobody could be spawned"
+    assert spawned == ([] if engine == "threads" else [1])
 
 
 def test_no_fetcher_no_look_ahead(address, monkeypatch):
@@ -229,3 +236,63 @@ def test_a_fresh_start_spawns_nothing(address, repository, monkeypatch):
     monkeypatch.setattr("coldstart.restore.look_ahead", lambda *_, **__: pytest.fail("looked ahead"))
     missing = outcome(address, repository, fresh=True)
     assert isinstance(missing, Missing)
+
+
+def test_a_manifest_that_nobody_reads_holds_up_no_fetch(address, repository):
+    """The wire takes less than a large manifest unread, and the fetch is over all the same before this process listens."""
+    state = {f"tensor.{number}": np.full(9, number, dtype=np.float32) for number in range(3000)}
+    written = write(capture_of(state), repository)
+    repository.publish(written.manifest, written.manifest_key, replaces=repository.look_up("model", KEY))
+    assert len(repository.store.get(written.manifest_key).data) > 1 << 18
+    ahead = begin(address, ref_key("model", KEY.digest), BOUNDS)
+    assert ahead.read(ref_key("model", KEY.digest)) is not None
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while written_bytes_of(children()[-1]) < written.manifest.raw_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    heard_seconds = time.monotonic()
+    manifest = repository.manifest(written.manifest_key, name="model", ahead=ahead.read)
+    arena = CpuDevice().adopt(ahead.arena_fd(written.manifest_key), [each.length_bytes for each in manifest.segments])
+    request = FetchRequest(manifest, repository.store, arena, 4, 1 << 24, address=address)
+    report = ahead.fetch(request, written.manifest_key).wait()
+    ahead.end()
+    assert (report.engine, manifest) == ("process", written.manifest)
+    assert report.began_monotonic_seconds < heard_seconds
+
+
+def written_bytes_of(pid):
+    """What a process has written, to files and wires."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["wchar"])
+
+
+ABANDONING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from coldstart.fetch.ahead import begin
+from coldstart.fetch.base import Address
+from coldstart.fetch.crew import Bounds
+from coldstart.stores import StoreOptions
+options = StoreOptions(sys.argv[3], "us-east-1", "id", "secret", cache=sys.argv[4])
+ahead = begin(Address(sys.argv[2], options), sys.argv[5], Bounds(4, 1 << 24, 1, False))
+print(open(f"/proc/self/task/{os.getpid()}/children").read(), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_fetcher_that_waits_ends_with_its_parent(address, repository, tmp_path):
+    """One whose words nobody has read, and that waits to be told to begin, leaves when its parent is killed."""
+    publish(repository)
+    root, cache, key = str(Path(__file__).parent.parent), str(tmp_path / "cache"), ref_key("model", KEY.digest)
+    arguments = [root, address.url, address.options.endpoint_url, cache, key]
+    with subprocess.Popen(
+        [sys.executable, "-c", ABANDONING, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        fetcher = Path(f"/proc/{int(parent.stdout.readline())}")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not os.listdir(tmp_path) and time.monotonic() < deadline:  # the cache, which the fetcher makes on the way
+            time.sleep(0.01)
+        parent.kill()
+    while fetcher.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not fetcher.exists()

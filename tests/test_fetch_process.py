@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +19,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coldstart import config
 from coldstart import fetch as engines
-from coldstart.errors import BlobCorruptError, ObjectMissingError, SnapshotError
+from coldstart.errors import BlobCorruptError, ConfigError, ObjectMissingError, SnapshotError
 from coldstart.fetch import Address, FetchRequest, start_fetch
-from coldstart.fetch.crew import BYTES_PER_FETCHER, Bounds, next_chunk, queue_of, share_of
+from coldstart.fetch.crew import BYTES_PER_FETCHER, FETCHER_BYTES, Bounds, next_chunk, queue_of, share_of
 from coldstart.fetch.process import can_start
 from coldstart.manifest import blob_key
 from coldstart.stores import StoreOptions, open_store
@@ -42,7 +45,7 @@ def address(tmp_path):
 
 def request_of(manifest, address, **options):
     """A request for the whole manifest."""
-    return FetchRequest(manifest, open_store(*address), arena_of(manifest), 2, 64 << 20, address=address, **options)
+    return FetchRequest(manifest, open_store(*address), arena_of(manifest), 2, 256 << 20, address=address, **options)
 
 
 def request_of_silence(server):
@@ -174,7 +177,7 @@ def test_a_fetcher_that_cannot_be_started_is_replaced(address, monkeypatch):
 )
 def test_a_fetcher_that_dies_is_replaced(address, monkeypatch, code):
     """A fetcher that ends without a word, however, costs nothing but time: threads fetch it all, and it is said."""
-    monkeypatch.setattr("coldstart.fetch.process._BOOT", code)
+    monkeypatch.setattr("coldstart.children._BOOT", code)
     request = request_of(snapshot(address, "raw", "zstd"), address)
     report = start_fetch(request, engine="process").wait()
     assert report.engine == "threads (the fetcher process ended early)"
@@ -256,6 +259,14 @@ def test_small_snapshots_and_stores_of_this_process_take_threads(address, monkey
     assert start_fetch(request_of(manifest, address), engine="threads").wait().engine == "threads"
     assert not can_start(request_of(manifest, address)._replace(address=None))
     assert not can_start(request_of(manifest, address)._replace(address=Address("memory://x", StoreOptions())))
+
+
+def test_every_engine_can_be_set():
+    """The setting's words are the engines', and nothing else."""
+    for engine in engines.ENGINES:
+        assert config.load({"HOME": "/home/user", "COLDSTART_FETCH_ENGINE": engine}).fetch_engine == engine
+    with pytest.raises(ConfigError, match=", ".join(engines.ENGINES)):
+        config.load({"HOME": "/home/user", "COLDSTART_FETCH_ENGINE": "thread"})
 
 
 def test_a_start_says_which_engine_fetched(tmp_path):
@@ -341,23 +352,46 @@ def test_an_error_of_one_ends_all(address, crew_of_three):
     assert children() == before
 
 
-@given(order=st.lists(st.integers(0, 2**32 - 1), max_size=50), readers=st.integers(1, 4))
-def test_a_queue_gives_each_index_once(order, readers):
-    """However many read from it, every index comes once, in order for each of them."""
+@given(order=st.lists(st.integers(0, 2**32 - 1), max_size=50))
+def test_a_queue_gives_its_indices_in_order(order):
+    """One reader gets them all, and then the end as often as it asks."""
     queue_fd = queue_of(order)
-    got = [[] for _ in range(readers)]
-
-    def take(mine):
-        while (index := next_chunk(queue_fd)) is not None:
-            mine.append(index)
-
-    threads = [threading.Thread(target=take, args=(mine,)) for mine in got]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert [next_chunk(queue_fd) for _ in range(len(order) + 2)] == [*order, None, None]
     os.close(queue_fd)
-    assert sorted(index for mine in got for index in mine) == sorted(order)
+
+
+READER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from coldstart.fetch.crew import next_chunk
+sys.stdin.readline()
+while (index := next_chunk(int(sys.argv[2]))) is not None:
+    print(index)
+"""
+
+
+def test_a_queue_gives_each_index_once():
+    """However many processes read from it at a time, every index comes once, in order for each of them."""
+    order = range(60_000)
+    queue_fd = queue_of(order)
+    arguments = [sys.executable, "-c", READER, str(Path(__file__).parent.parent), str(queue_fd)]
+    with ExitStack() as running:
+        readers = [
+            running.enter_context(
+                subprocess.Popen(
+                    arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[queue_fd]
+                )
+            )
+            for _ in range(3)
+        ]
+        for reader in readers:
+            reader.stdin.write("go\n")
+            reader.stdin.flush()
+        with ThreadPoolExecutor() as pool:
+            got = [list(map(int, output.split())) for output in pool.map(lambda reader: reader.stdout.read(), readers)]
+    os.close(queue_fd)
+    assert all(mine == sorted(mine) for mine in got)
+    assert sorted(index for mine in got for index in mine) == list(order)
 
 
 @given(
@@ -373,4 +407,5 @@ def test_shares_stay_within_the_bounds(threads, budget_bytes, processes, stored_
     assert 1 <= share.processes <= processes
     assert share.processes == 1 or share.processes * BYTES_PER_FETCHER <= stored_bytes
     assert share.threads * share.processes <= max(threads, share.processes)
-    assert share.budget_bytes * share.processes <= max(budget_bytes, share.processes)
+    assert share.budget_bytes * share.processes + (share.processes - 1) * FETCHER_BYTES <= budget_bytes
+    assert share.processes == 1 or share.budget_bytes >= FETCHER_BYTES, "none is left without room for chunks"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
+import sys
+import termios
 
 import pytest
 
 from coldstart import config, progress, sinks
-from coldstart.events import EventBus, FellBack, FetchEnded, FetchProgress
+from coldstart.events import EventBus, FellBack, FetchEnded, FetchProgress, SnapshotPassedOver, WorkerReady
 from coldstart.progress import line_of, show_progress
 
 
@@ -49,7 +55,15 @@ def test_odd_numbers_make_a_line_too(event, end):
     assert line_of(event).endswith(end)
 
 
-@pytest.mark.parametrize("end", [FetchEnded("m", 10, 1.0, "process"), FellBack("m", "generation", "gone")])
+@pytest.mark.parametrize(
+    "end",
+    [
+        FetchEnded("m", 10, 1.0, "process"),
+        FellBack("m", "generation", "gone"),
+        SnapshotPassedOver("m", "another key"),
+        WorkerReady("m", "cold", "", 1.0),
+    ],
+)
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch, attached, end):
     """Each step replaces the line before it, and the end of the fetch leaves the line empty."""
     terminal, bus = Terminal(), EventBus()
@@ -116,3 +130,48 @@ def test_log_lines_come_every_five_seconds(form):
             "bytes_per_second": 10,
             "left_seconds": 95.0,
         }
+
+
+class Silent:
+    """What programs put in place of standard error: all that ``print`` needs."""
+
+    def write(self, text):
+        """Forget it."""
+
+    def flush(self):
+        """Nothing is kept."""
+
+
+def closed():
+    """A terminal that is closed."""
+    terminal = Terminal()
+    terminal.close()
+    terminal.isatty = lambda: io.StringIO.isatty(terminal)
+    return terminal
+
+
+@pytest.mark.parametrize("make", [Silent, closed, lambda: None])
+def test_whatever_stands_for_standard_error(monkeypatch, attached, make):
+    """A stream without ``isatty``, a closed one and none are no terminals, and no reason for a start to fail."""
+    monkeypatch.setattr("sys.stderr", make())
+    bus, settings = EventBus(), config.load()
+    show_progress(bus, settings)
+    bus.publish(FetchProgress("m", 2, 10, 5.0))
+    assert attached == [settings]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("columns", [20, 50, 200])
+def test_a_line_is_no_longer_than_the_terminal_is_wide(monkeypatch, attached, columns):
+    """What goes on in a second row would stay there: the line is cut off before it does."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    step = FetchProgress("m", 3, 10, 6.0)
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        bus = EventBus()
+        show_progress(bus, config.load(log="off"))
+        bus.publish(step)
+        written = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert written == f"\r\x1b[K{line_of(step)[: columns - 1]}"

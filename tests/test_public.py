@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,16 @@ def test_prefetch_begins_the_start_of_the_calling_file(call, tmp_path, monkeypat
     restoration = registry._registry.early["early"].restorations[""]
     assert module.handler({"input": 0}) == 1
     assert [part.restoration for part in registry._registry.workers["early"]._parts.parts] == [restoration]
+
+
+@pytest.mark.usefixtures("forgotten_imports")
+def test_prefetch_does_nothing_where_multiprocessing_imports_again(tmp_path, monkeypatch):
+    """In a process that multiprocessing spawned, the main file is imported for its functions: no worker starts there."""
+    monkeypatch.setenv("COLDSTART_STORE", f"file://{tmp_path / 'store'}")
+    path = tmp_path / "main_handler.py"
+    path.write_text(PREFETCHING.format(call="prefetch"))
+    runpy.run_path(str(path), run_name="__mp_main__")
+    assert registry._registry.early == {}
 
 
 def test_subscribers_hear_the_past_and_the_present(monkeypatch):

@@ -198,7 +198,7 @@ def test_refused_by_the_proof(world: World, proven: type[Proven]) -> None:
 
     proven.at_run = staticmethod(refuse)
     (outcome,) = world.made(world.plan(weights()))
-    assert outcome == resnapshot.Outcome.none("it answered differently", "thread")
+    assert outcome == resnapshot.Outcome.none("it answered differently", "threads")
     assert world.look_up().ref is None
     assert world.seen.of(events.CaptureFailed)[0].error == "ProofError: it answered differently"
     assert world.saves.count == 0
@@ -305,7 +305,7 @@ def test_killed_saver(world: World, proven: type[Proven], tmp_path: Path, when: 
     (outcome,) = world.made(world.plan(weights()))
     assert killed
     assert (outcome.published, outcome.reason) == (True, "")
-    assert outcome.engine == "thread (the saver process ended early)"
+    assert outcome.engine == "threads (the saver process ended early)"
     assert np.array_equal(world.state()["w"], weights()["w"])
 
 

@@ -254,6 +254,8 @@ def test_cancel(world: World) -> None:
     go.set()
     assert isinstance(begun.outcome(), Unusable)
     assert len(reads) == 2
+    fallen = [event for event in world.seen.all() if isinstance(event, events.FellBack)]
+    assert not fallen, "that nobody wants it is no trouble to be told of"
 
 
 # --- arrays in their places -----------------------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ from coldstart import config
 from coldstart.capture import Encoding, Writing
 from coldstart.errors import CaptureError, ConfigError
 from coldstart.repository import Repository
-from coldstart.save import AUTO, ENGINES, THREAD, Saving
+from coldstart.save import AUTO, ENGINES, THREADS, Saving
 from coldstart.save.priority import NICENESS, give_way
 from coldstart.save.stage import Rate
 from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock
 from tests.generations import capture_of
+from tests.starts import ROOT
 
 HOME = {"HOME": "/home/user"}
 MIB = 1 << 20
@@ -72,7 +73,7 @@ def test_the_rate_counts_what_is_written():
     state = {"w": np.arange(3 * MIB)}
 
     def written(bytes_per_second):
-        saving = Saving(THREAD, None, 64 * MIB, bytes_per_second)
+        saving = Saving(THREADS, None, 64 * MIB, bytes_per_second)
         return Writing(capture_of(state), Repository(store), encoding=Encoding("raw", 1), saving=saving).write(
             lambda: None
         )
@@ -100,8 +101,17 @@ def test_every_engine_can_be_set():
     """The setting's words are the engines', and nothing else."""
     for engine in ENGINES:
         assert config.load({**HOME, "COLDSTART_CAPTURE_ENGINE": engine}).capture_engine == engine
-    with pytest.raises(ConfigError, match="auto, process, thread"):
-        config.load({**HOME, "COLDSTART_CAPTURE_ENGINE": "threads"})
+    with pytest.raises(ConfigError, match="auto, process, threads"):
+        config.load({**HOME, "COLDSTART_CAPTURE_ENGINE": "thread"})
+
+
+def test_a_start_imports_nothing_of_a_capture():
+    """What a worker has imported when it begins holds nothing that only a capture needs."""
+    code = "import sys, coldstart.worker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    assert "coldstart.restore" in loaded
+    assert not loaded & {f"coldstart.{name}" for name in ("capture", "proof", "resnapshot", "save")}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the policy of the idle is Linux'")

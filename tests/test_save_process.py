@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from coldstart.capture import Encoding, Writing, write_generation
-from coldstart.errors import AccessDeniedError, CaptureError, StateChangedError, StoreError
+from coldstart.errors import CaptureError, StateChangedError, StoreError
 from coldstart.fetch import Address
 from coldstart.manifest import blob_key
 from coldstart.repository import COLLECTION_GRACE_SECONDS, Repository
-from coldstart.save import AUTO, PROCESS, THREAD, Saving
+from coldstart.save import AUTO, PROCESS, THREADS, Saving
 from coldstart.save import process as engine
 from coldstart.save.turns import Turns
 from coldstart.stores import StoreOptions, open_store
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the saver proce
 
 MIB = 1 << 20
 PATIENCE_SECONDS = 60.0
-ENDED_EARLY = "thread (the saver process ended early)"
+ENDED_EARLY = "threads (the saver process ended early)"
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_it_stores_what_a_thread_would(tmp_path, codec):
     """Chunk by chunk the manifest is the one that the capturing thread writes, and the state comes back from it."""
     state, manifests = state_of(), []
     (tmp_path / "data.bin").write_bytes(os.urandom(5 * MIB + 1))
-    for name in (PROCESS, THREAD):
+    for name in (PROCESS, THREADS):
         address = Address(f"file://{tmp_path / name}", StoreOptions())
         made = Written(
             capture_of(state, files=sources({"data.bin": tmp_path / "data.bin"})), address, codec=codec, engine=name
@@ -268,14 +268,14 @@ def test_the_worker_imports_no_client_of_a_bucket(s3_endpoint, s3_bucket, s3_opt
 # --- which engine --------------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_process_where_it_pays(address, monkeypatch):
+def test_auto_takes_the_process_where_it_pays(address):
     """A small state in a folder is not worth a process; a large one is."""
     found = []
     for length_bytes in (MIB, 9 * MIB):
         made = Written(capture_of({"w": np.zeros(length_bytes, np.uint8)}), address, engine=AUTO)
         made.write()
         found.append(made.saver.engine)
-    assert found == [THREAD, PROCESS]
+    assert found == [THREADS, PROCESS]
 
 
 @pytest.mark.parametrize("engine_", [AUTO, PROCESS])
@@ -286,7 +286,7 @@ def test_a_store_of_this_process_is_written_by_it(engine_):
     writing = Writing(
         capture_of(state_of()), Repository(store), encoding=Encoding("auto", 1), saving=saving(address, engine_)
     )
-    assert writing.saver.engine == THREAD
+    assert writing.saver.engine == THREADS
     writing.write(lambda: None)
 
 
@@ -295,7 +295,7 @@ def test_without_memory_files_the_thread_does_it_and_says_why(address, monkeypat
     monkeypatch.delattr(os, "memfd_create")
     made = Written(capture_of(state_of()), address)
     assert_same(restored(made.write().manifest, open_store(*address)), state_of())
-    assert made.saver.engine == "thread (this platform has no saver process)"
+    assert made.saver.engine == "threads (this platform has no saver process)"
 
 
 def test_an_interpreter_that_cannot_be_started(address, monkeypatch):
@@ -305,7 +305,7 @@ def test_an_interpreter_that_cannot_be_started(address, monkeypatch):
     made = Written(capture_of(state_of()), address)
     written = made.write()
     assert len(os.listdir("/proc/self/fd")) == before
-    assert made.saver.engine.startswith("thread (the saver process could not be started: No such file")
+    assert made.saver.engine.startswith("threads (the saver process could not be started: No such file")
     assert_same(restored(written.manifest, open_store(*address)), state_of())
 
 
@@ -543,13 +543,6 @@ def test_it_does_not_outlive_its_worker(address, kind):
         worker.wait(PATIENCE_SECONDS)
         worker.stdin.close()
         worker.stdout.close()
-
-
-def test_errors_keep_their_class(address, monkeypatch):
-    """What the saver meets is raised as if it had happened here, with its key."""
-    found = engine._error_of({"error": "AccessDeniedError", "message": "no", "snapshot": None, "key": "blobs/ab"})
-    assert isinstance(found, AccessDeniedError)
-    assert (str(found), found.key) == ("no", "blobs/ab")
 
 
 # --- turns ---------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ CONTENDERS = (
 ENGINES = (
     Contender("threads", "engines", "raw", variables={"COLDSTART_FETCH_ENGINE": "threads"}),
     Contender("process", "engines", "raw", variables={"COLDSTART_FETCH_ENGINE": "process"}),
+    Contender("2 processes", "engines", "raw", variables={"COLDSTART_FETCH_PROCESSES": "2"}),
     Contender("threads over obstore", "engines", "raw", {"client": "obstore"}),
 )
 """Who may fetch, beside an import."""

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart import events
 from coldstart.config import environment_now, load
 from coldstart.devices import pick
-from coldstart.early import Opener, Services, address_of, restoration_of
-from coldstart.fetch import FetchRequest, start_fetch, start_threads
+from coldstart.early import Opener, Services, restoration_of
+from coldstart.fetch import FetchRequest, start_threads
 from coldstart.keys import find_handlers, key_from_source
-from coldstart.restore import Restored, rebuild_tree
+from coldstart.restore import Restoration, Restored, rebuild_tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from coldstart.config import Settings
-    from coldstart.devices.base import Device
-    from coldstart.fetch.base import Fetch, FetchReport
+    from coldstart.devices.base import Arena, Device
+    from coldstart.fetch.base import FetchReport
     from coldstart.manifest import KeyRecord, Manifest
 
 HANDLER = """
@@ -66,30 +67,51 @@ def snapshot_of(handler_path: str) -> Snapshot:
     return Snapshot(source.name or "", key, settings, device)
 
 
+class Fetched(NamedTuple):
+    """A snapshot's bytes in memory, and how they came there."""
+
+    manifest: Manifest
+    arena: Arena
+    report: FetchReport
+
+
 def restore(snapshot: Snapshot) -> tuple[dict[str, Any], FetchReport]:
     """Restore it as a start does, to the tensors by name."""
-    services = Services(snapshot.settings, serving=True, pinned={}, bus=events.EventBus())
-    opener = Opener(snapshot.settings, lambda _reason: None)
-    outcome = restoration_of(snapshot.name, snapshot.key, opener, snapshot.device, services).outcome()
+    outcome = _begin(snapshot).outcome()
     assert isinstance(outcome, Restored), outcome
     outcome.arena.seal()
     return rebuild_tree(outcome), outcome.report
 
 
-def start(snapshot: Snapshot, *, client: Any = None) -> tuple[Fetch, Manifest, Any]:
-    """Begin to fetch it with the engine of the settings, or by ``client``, whose ``read_into`` the threads engine calls."""
+def _begin(snapshot: Snapshot) -> Restoration:
+    services = Services(snapshot.settings, serving=True, pinned={}, bus=events.EventBus())
+    opener = Opener(snapshot.settings, lambda _reason: None)
+    return restoration_of(snapshot.name, snapshot.key, opener, snapshot.device, services)
+
+
+def begin(snapshot: Snapshot, *, client: Any = None) -> Callable[[], Fetched]:
+    """Begin to bring it into memory, and return what waits for that.
+
+    As a start does it, with the engine of the settings; or by ``client``, whose ``read_into`` the threads engine calls.
+    """
+    if client is not None:
+        return _begin_by(client, snapshot)
+    restoration = _begin(snapshot)
+
+    def wait() -> Fetched:
+        outcome = restoration.outcome()
+        assert isinstance(outcome, Restored), outcome
+        return Fetched(outcome.manifest, outcome.arena, outcome.report)
+
+    return wait
+
+
+def _begin_by(client: Any, snapshot: Snapshot) -> Callable[[], Fetched]:
     settings = snapshot.settings
     repository = Opener(settings)()
     ref = repository.look_up(snapshot.name, snapshot.key).ref
     assert ref is not None, "there is no such snapshot"
     manifest = repository.manifest(ref.manifest, name=snapshot.name)
     arena = snapshot.device.allocate([segment.length_bytes for segment in manifest.segments])
-    request = FetchRequest(
-        manifest,
-        client or repository.store,
-        arena,
-        settings.fetch_threads,
-        settings.memory_budget_bytes,
-        address=address_of(settings),
-    )
-    return (start_threads(request) if client else start_fetch(request, engine=settings.fetch_engine)), manifest, arena
+    fetch = start_threads(FetchRequest(manifest, client, arena, settings.fetch_threads, settings.memory_budget_bytes))
+    return lambda: Fetched(manifest, arena, fetch.wait())

@@ -51,6 +51,21 @@ class Arena(ABC):
         Raises RuntimeError once it is sealed, and in an arena that was full from the beginning.
         """
 
+    def place(self, segment: int, offset_bytes: int, data: memoryview) -> None:
+        """Put ``data`` into the segment from ``offset_bytes`` on. Valid until ``seal``; from several threads at once.
+
+        Raises ValueError where that is not inside the segment, RuntimeError as ``writable`` does, DeviceError where the
+        memory cannot be had.
+        """
+        self._room(segment, offset_bytes, len(data))[:] = data
+
+    def _room(self, segment: int, offset_bytes: int, length_bytes: int) -> memoryview:
+        """A range of the segment's writable memory, which has to be inside it."""
+        room = self.writable(segment)
+        if not 0 <= offset_bytes <= len(room) - length_bytes:
+            raise ValueError(f"{length_bytes} bytes do not fit segment {segment} of {len(room)} at {offset_bytes}")
+        return room[offset_bytes : offset_bytes + length_bytes]
+
     @abstractmethod
     def readable(self, segment: int) -> memoryview:
         """The segment's host memory for reading alone. Valid until ``seal``, and after it if the arena ``stays_clean``.

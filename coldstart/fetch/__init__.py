@@ -1,4 +1,9 @@
-"""Fetching: the chunks of a manifest from a store into an arena, verified; one seam, so that engines can differ."""
+"""Fetching: the chunks of a manifest from a store into an arena, verified; one seam, so that engines can differ.
+
+A start that is to read a remote store calls ``look_ahead`` first: a fetcher process finds ref and manifest by itself and
+begins (``ahead``). Where it has not, ``start_fetch`` fetches a manifest that is known: on ``threads`` of this process, or
+by fetcher processes (``process``), each of which runs the same threads (``child``); several share the work (``crew``).
+"""
 
 from __future__ import annotations
 
@@ -8,22 +13,22 @@ from coldstart.fetch.base import Address, Fetch, FetchRequest
 from coldstart.fetch.threads import processors, start_threads
 
 if TYPE_CHECKING:
-    from coldstart.fetch.ahead import Ahead
+    from coldstart.fetch.ahead import LookAhead
     from coldstart.fetch.crew import Bounds
 
 __all__ = ["Address", "Fetch", "FetchRequest", "default_processes", "look_ahead", "start_fetch", "start_threads"]
 
+ENGINES = ("auto", "process", "threads")
+PROCESS_MINIMUM_BYTES = 32 << 20
+"""Stored bytes below which a fetcher process costs more than it saves: its own start takes 60 to 80 ms of a core."""
 MOST_PROCESSES = 4
+REMOTE = ("s3://", "r2://")
+"""Stores that take time to answer. A folder answers before a fetcher has started."""
 
 
 def default_processes() -> int:
     """Fetcher processes for a large snapshot: the other processors are for importing."""
     return max(1, min(MOST_PROCESSES, processors() // 2))
-
-
-ENGINES = ("auto", "process", "threads")
-PROCESS_MINIMUM_BYTES = 32 << 20
-"""Stored bytes below which a fetcher process costs more than it saves: its own start takes 60 to 80 ms of a core."""
 
 
 def start_fetch(request: FetchRequest, *, engine: str) -> Fetch:
@@ -37,11 +42,7 @@ def start_fetch(request: FetchRequest, *, engine: str) -> Fetch:
     return start_process(request) if can_start(request) else start_threads(request)
 
 
-REMOTE = ("s3://", "r2://")
-"""Stores that take time to answer. A folder answers before a fetcher has started."""
-
-
-def look_ahead(address: Address | None, ref_key: str, bounds: Bounds, *, engine: str) -> Ahead | None:
+def look_ahead(address: Address | None, ref_key: str, bounds: Bounds, *, engine: str) -> LookAhead | None:
     """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to."""
     if engine == "threads" or address is None or not address.url.startswith(REMOTE):
         return None

@@ -4,10 +4,11 @@ The fetcher is spawned first of all. It reads the ref of the name and key that i
 names, sends both as they are stored, and begins to fetch at once, into a memory file that it lays out as the device
 would and sends along. So nothing of the fetch waits for this process, which is importing and may hold the interpreter
 lock for a third of a second in one go; when it has time, it reads what was sent as it would read its own store's
-answer (``Ahead.read``), and adopts the memory.
+answer (``LookAhead.read``), and adopts the memory.
 
 Whatever the fetcher cannot do (read an object, have the memory), this process does for itself: what stands in the way is
-told once, in the usual words. Where the host may have the bytes in flat files, the fetcher waits to be told.
+told once, in the usual words. But a store that has not answered the fetcher, however often it asked, is not waited for
+a second time. Where the host may have the bytes in flat files, the fetcher waits to be told.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.fetch.process import Fetcher, can_share, can_spawn, start_with
+from coldstart.children import can_spawn, error_of
+from coldstart.errors import SnapshotError, StoreTransientError
+from coldstart.fetch.process import Fetcher, can_share, start_with
 from coldstart.stores.base import StoredObject
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from coldstart.children import Message
     from coldstart.fetch.base import Address, Fetch, FetchRequest
     from coldstart.fetch.crew import Bounds
 
 
-class Begun(NamedTuple):
-    """A fetch that is under way: its arena's memory file, and the queue of its chunks."""
+class Filling(NamedTuple):
+    """What a fetcher is filling already: the arena's memory file, and the queue of its chunks."""
 
     arena_fd: int
     queue_fd: int
 
 
-def begin(address: Address, ref_key: str, bounds: Bounds) -> Ahead | None:
+def begin(address: Address, ref_key: str, bounds: Bounds) -> LookAhead | None:
     """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had."""
     if not can_spawn():
         return None
@@ -41,31 +43,34 @@ def begin(address: Address, ref_key: str, bounds: Bounds) -> Ahead | None:
     except OSError:
         return None  # whoever fetches will see it again, and say so
     fetcher.tell({"url": address.url, "options": address.options._asdict(), "ref_key": ref_key, "bounds": list(bounds)})
-    return Ahead(fetcher)
+    return LookAhead(fetcher)
 
 
-class Ahead:
-    """What a fetcher finds of a snapshot, and its fetch. Used by one thread, but for ``cancel``."""
+class LookAhead:
+    """A fetcher that looks a snapshot up: what it finds, and its fetch. Used by one thread, but for ``cancel``."""
 
     def __init__(self, fetcher: Fetcher) -> None:
         self._fetcher: Fetcher | None = fetcher
         self._found: dict[str, StoredObject] = {}
         self._manifest_key = ""
-        self._begun: Begun | None = None
+        self._filling: Filling | None = None
         self.found_monotonic_seconds = 0.0
         """When the fetcher had the manifest, which may be long before this process hears of it; 0.0: it has none."""
 
     def read(self, key: str) -> StoredObject | None:
-        """The object as the fetcher found it; None where it did not, or was not asked to."""
+        """The object as the fetcher found it; None where it did not, or was not asked to.
+
+        Raises StoreTransientError where the store has not answered it.
+        """
         while key not in self._found and self._hear():
             pass
         return self._found.get(key)
 
     def arena_fd(self, manifest_key: str) -> int | None:
         """The memory file that is being filled with this manifest, for the caller to keep or close; None: none is."""
-        if self._begun is None or manifest_key != self._manifest_key:
+        if self._filling is None or manifest_key != self._manifest_key:
             return None
-        return os.dup(self._begun.arena_fd)
+        return os.dup(self._filling.arena_fd)
 
     def fetch(self, request: FetchRequest, manifest_key: str) -> Fetch | None:
         """Have it fetch, or go on fetching, the manifest that it has found into the request's arena.
@@ -75,7 +80,7 @@ class Ahead:
         if self._fetcher is None or manifest_key != self._manifest_key or not can_share(request):
             return None
         fetcher, self._fetcher = self._fetcher, None
-        return start_with(fetcher, request, None if self._begun is None else os.dup(self._begun.queue_fd))
+        return start_with(fetcher, request, None if self._filling is None else os.dup(self._filling.queue_fd))
 
     def cancel(self) -> None:
         """It is not needed any more, and whoever waits for it need not. From any thread."""
@@ -88,24 +93,29 @@ class Ahead:
         fetcher, self._fetcher = self._fetcher, None
         if fetcher is not None:
             fetcher.end()
-        begun, self._begun = self._begun, None
-        for descriptor in begun or ():
+        filling, self._filling = self._filling, None
+        for descriptor in filling or ():
             os.close(descriptor)
 
     def _hear(self) -> bool:
         """Take its next message; False where none will come."""
         if self._fetcher is None or self._manifest_key:
             return False
-        found, descriptors = self._fetcher.hear()
-        if found is None:
+        message = self._fetcher.hear()
+        if message is None or "error" in message.document:
             self.end()
+            _raise_if_unanswered(message)
             return False
-        self._found[found["key"]] = StoredObject(found["data"].encode("utf-8", "surrogateescape"), found["etag"])
+        found = message.document
+        self._found[found["key"]] = StoredObject(message.data, found["etag"])
         if found["is_manifest"]:
-            self._manifest_key, self.found_monotonic_seconds = found["key"], found["found_seconds"]
-            self._begun = _begun(descriptors)
+            self._manifest_key, self.found_monotonic_seconds = found["key"], found["found_monotonic_seconds"]
+            self._filling = Filling(*message.descriptors) if message.descriptors else None
         return True
 
 
-def _begun(descriptors: Sequence[int]) -> Begun | None:
-    return Begun(*descriptors) if descriptors else None
+def _raise_if_unanswered(message: Message | None) -> None:
+    """Any other failure this process will find, and name, by itself."""
+    error = None if message is None else error_of(message.document, SnapshotError)
+    if isinstance(error, StoreTransientError):
+        raise error

@@ -27,8 +27,8 @@ class Address(NamedTuple):
 class Fillable(Protocol):
     """What a fetch needs of an arena."""
 
-    def writable(self, segment: int) -> memoryview:
-        """The segment's memory, to be filled."""
+    def place(self, segment: int, offset_bytes: int, data: memoryview) -> None:
+        """Put ``data`` into the segment."""
 
 
 class FetchRequest(NamedTuple):

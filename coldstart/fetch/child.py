@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import signal
@@ -11,14 +10,14 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from coldstart.children import WIRE_FD, Message, receive, send, told
 from coldstart.devices.cpu import CpuDevice
-from coldstart.errors import ColdstartError
+from coldstart.errors import ColdstartError, StoreTransientError
 from coldstart.fetch.base import Address, FetchRequest, Fillable
 from coldstart.fetch.crew import Bounds, next_chunk, queue_of, share_of
 from coldstart.fetch.threads import start_threads
-from coldstart.fetch.wire import WIRE_FD, receive, send
 from coldstart.manifest import Manifest, manifest_from_json, ref_from_json
 from coldstart.plan import fetch_order
 from coldstart.stores import StoreOptions, open_store
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from coldstart.stores.base import Store
 
-    _Inbox = queue.SimpleQueue[tuple[dict[str, Any], list[int]]]
+    _Inbox = queue.SimpleQueue[Message]
 
 
 def main() -> None:
@@ -37,55 +36,86 @@ def main() -> None:
     wire = socket.socket(fileno=WIRE_FD)
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(wire, inbox), daemon=True).start()
-    task, descriptors = inbox.get()
+    outbox = _Outbox(wire)
+    task, _, descriptors = inbox.get()
     degraded: list[str] = []
     try:
         store = open_store(*Address(task["url"], StoreOptions(**task["options"])), degraded=degraded.append)
         if "ref_key" in task:
-            outcome = _look_up_and_fetch(wire, inbox, task, store)
+            outcome = _look_up_and_fetch(outbox, inbox, task, store)
         else:
-            outcome = _fetch(wire, task, manifest_from_json(task["manifest"].encode()), store, descriptors)
-        _say(wire, {**outcome, "degraded": degraded})
+            outcome = _fetch(outbox, task, manifest_from_json(task["manifest"].encode()), store, descriptors)
+        outbox.say({**outcome, "degraded": degraded})
     except ColdstartError as error:
-        _say(wire, {"error": type(error).__name__, "message": str(error), "snapshot": error.snapshot, "key": error.key})
-    os._exit(0)  # nothing is to be cleaned up, and the parent waits
+        outbox.say(told(error))
+    outbox.leave()
 
 
 def _listen(wire: socket.socket, inbox: _Inbox) -> None:
     """Take what the parent sends; the end of the wire is the end of this process."""
-    while True:
-        message, descriptors = receive(wire)
-        if message is None:
-            os._exit(0)
-        inbox.put((message, descriptors))
+    try:
+        while (message := receive(wire)) is not None:
+            inbox.put(message)
+    finally:  # also where a message cannot be read: nobody would hear the parent any more
+        os._exit(0)
 
 
-def _say(wire: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
-    with suppress(OSError):  # the parent has gone, and so will this process
-        send(wire, message, descriptors)
+class _Outbox:
+    """What the parent is told, in order, by a thread of its own: it may be long before it listens, and no fetch waits for that.
+
+    The wire takes some 200 KB that nobody has read; the manifest of a large model is larger.
+    """
+
+    def __init__(self, wire: socket.socket) -> None:
+        self._wire = wire
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def say(self, document: dict[str, Any], data: bytes = b"", descriptors: Sequence[int] = ()) -> None:
+        """Have it told soon; the descriptors may be closed at once."""
+        self._messages.put(Message(document, data, tuple(map(os.dup, descriptors))))
+
+    def leave(self) -> NoReturn:
+        """End this process when all is told: nothing is to be cleaned up, and the parent waits."""
+        self._messages.put(None)
+        self._thread.join()
+        os._exit(0)
+
+    def _send(self) -> None:
+        with suppress(OSError):  # the parent has gone, and so will this process
+            while (message := self._messages.get()) is not None:
+                send(self._wire, *message)
+                for descriptor in message.descriptors:
+                    os.close(descriptor)
 
 
 # --- what is looked up here --------------------------------------------------------------------------------------------
 
 
-def _look_up_and_fetch(wire: socket.socket, inbox: _Inbox, task: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Send ref and manifest, and fetch. What cannot be read, or held, the parent does itself, and says why."""
+def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], store: Store) -> dict[str, Any]:
+    """Send ref and manifest, and fetch. What cannot be read, or held, the parent does itself, and says why.
+
+    Raises StoreTransientError for a store that does not answer.
+    """
     try:
         stored = store.get(task["ref_key"])
-        _say_object(wire, task["ref_key"], stored.data, stored.etag)
+        _say_object(outbox, task["ref_key"], stored.data, stored.etag)
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
         manifest = manifest_from_json(stored.data)
-        arena = None if _may_be_mapped(store) else _arena_of(manifest)
+        arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))
+    except StoreTransientError:
+        raise  # it was asked again and again, for as long as that is sensible: the parent need not
     except ColdstartError:
-        os._exit(0)
+        outbox.leave()
     if arena is None or arena.fileno is None:
-        _say_object(wire, key, stored.data, stored.etag, is_manifest=True)
-        task, descriptors = inbox.get()
-        return _fetch(wire, task, manifest, store, descriptors)
+        _say_object(outbox, key, stored.data, stored.etag, is_manifest=True)
+        message = inbox.get()
+        return _fetch(outbox, message.document, manifest, store, message.descriptors)
     queue_fd = queue_of(fetch_order(manifest))
-    _say_object(wire, key, stored.data, stored.etag, is_manifest=True, descriptors=(arena.fileno, queue_fd))
-    return _fetch_into(wire, arena, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
+    _say_object(outbox, key, stored.data, stored.etag, is_manifest=True, descriptors=(arena.fileno, queue_fd))
+    return _fetch_into(outbox, arena, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
 
 
 def _may_be_mapped(store: Store) -> bool:
@@ -93,12 +123,12 @@ def _may_be_mapped(store: Store) -> bool:
     return getattr(store, "flat_files", None) is not None
 
 
-def _arena_of(manifest: Manifest) -> Any:
-    return CpuDevice().allocate([segment.length_bytes for segment in manifest.segments])
+def _lengths(manifest: Manifest) -> list[int]:
+    return [segment.length_bytes for segment in manifest.segments]
 
 
 def _say_object(
-    wire: socket.socket,
+    outbox: _Outbox,
     key: str,
     data: bytes,
     etag: str,
@@ -106,25 +136,24 @@ def _say_object(
     is_manifest: bool = False,
     descriptors: Sequence[int] = (),
 ) -> None:
-    text = data.decode("utf-8", "surrogateescape")
-    found = {"key": key, "data": text, "etag": etag, "is_manifest": is_manifest, "found_seconds": time.monotonic()}
-    _say(wire, found, descriptors)
+    found = {"key": key, "etag": etag, "is_manifest": is_manifest, "found_monotonic_seconds": time.monotonic()}
+    outbox.say(found, data, descriptors)
 
 
 # --- fetching ----------------------------------------------------------------------------------------------------------
 
 
 def _fetch(
-    wire: socket.socket, task: dict[str, Any], manifest: Manifest, store: Store, descriptors: Sequence[int]
+    outbox: _Outbox, task: dict[str, Any], manifest: Manifest, store: Store, descriptors: Sequence[int]
 ) -> dict[str, Any]:
     """Fetch as the parent says, into the arena that it has sent; with a queue of chunks where others fetch too."""
     arena_fd, *queue_fds = descriptors
-    arena = _Shared(arena_fd, task["segment_offsets"], [segment.length_bytes for segment in manifest.segments])
-    return _fetch_into(wire, arena, Bounds(*task["bounds"]), manifest, store, *queue_fds)
+    arena = CpuDevice().adopt(arena_fd, _lengths(manifest))
+    return _fetch_into(outbox, arena, Bounds(*task["bounds"]), manifest, store, *queue_fds)
 
 
 def _fetch_into(
-    wire: socket.socket, arena: Fillable, bounds: Bounds, manifest: Manifest, store: Store, queue_fd: int | None = None
+    outbox: _Outbox, arena: Fillable, bounds: Bounds, manifest: Manifest, store: Store, queue_fd: int | None = None
 ) -> dict[str, Any]:
     report = start_threads(
         FetchRequest(
@@ -134,29 +163,14 @@ def _fetch_into(
             bounds.threads,
             bounds.budget_bytes,
             verify_raw=bounds.verify_raw,
-            progress=lambda placed_bytes: _say(wire, {"placed_bytes": placed_bytes}),
+            progress=lambda placed_bytes: outbox.say({"placed_bytes": placed_bytes}),
             processes=bounds.processes,
             next_chunk=None if queue_fd is None else partial(next_chunk, queue_fd),
         )
     ).wait()
     return {
         "retried_chunks": report.retried_chunks,
-        "began_seconds": report.began_monotonic_seconds,
-        "ended_seconds": report.ended_monotonic_seconds,
+        "began_monotonic_seconds": report.began_monotonic_seconds,
+        "ended_monotonic_seconds": report.ended_monotonic_seconds,
         "reads": report.reads,
     }
-
-
-class _Shared:
-    """The parent's arena, mapped here too: what is written to it is in the parent's memory."""
-
-    def __init__(self, arena_fd: int, offsets: list[int], lengths_bytes: list[int]) -> None:
-        self.fileno = arena_fd
-        self.segment_offsets = offsets
-        self._lengths_bytes = lengths_bytes
-        self._map = memoryview(mmap.mmap(arena_fd, 0, flags=mmap.MAP_SHARED))
-
-    def writable(self, segment: int) -> memoryview:
-        """The segment's memory."""
-        offset = self.segment_offsets[segment]
-        return self._map[offset : offset + self._lengths_bytes[segment]]

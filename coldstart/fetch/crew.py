@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,9 +31,11 @@ class Bounds(NamedTuple):
 
 def share_of(bounds: Bounds, manifest: Manifest) -> Bounds:
     """The bounds of each fetcher of a manifest, with as many fetchers as there are bytes for."""
-    crew = max(1, min(bounds.processes, sum(chunk.stored_bytes for chunk in manifest.chunks) // BYTES_PER_FETCHER))
+    worthwhile = sum(chunk.stored_bytes for chunk in manifest.chunks) // BYTES_PER_FETCHER
+    affordable = bounds.budget_bytes // (2 * FETCHER_BYTES)  # each has as much left for chunks as it takes
+    crew = max(1, min(bounds.processes, worthwhile, affordable))
     budget_bytes = bounds.budget_bytes - (crew - 1) * FETCHER_BYTES
-    return Bounds(max(1, bounds.threads // crew), max(1, budget_bytes // crew), crew, bounds.verify_raw)
+    return Bounds(max(1, bounds.threads // crew), budget_bytes // crew, crew, bounds.verify_raw)
 
 
 def queue_of(order: Sequence[int]) -> int:
@@ -44,6 +47,14 @@ def queue_of(order: Sequence[int]) -> int:
 
 
 def next_chunk(queue_fd: int) -> int | None:
-    """The index of a chunk that nobody else has, None at the end: reading moves the position of all, in one step."""
-    found = os.read(queue_fd, _INDEX.size)
+    """The index of a chunk that nobody else has, None at the end: reading moves the position of all.
+
+    The kernel does not make that one step for memory files: without the lock, which is a process', two of them may get one
+    index. Each calls it from one thread at a time.
+    """
+    fcntl.lockf(queue_fd, fcntl.LOCK_EX)
+    try:
+        found = os.read(queue_fd, _INDEX.size)
+    finally:
+        fcntl.lockf(queue_fd, fcntl.LOCK_UN)
     return int(_INDEX.unpack(found)[0]) if found else None

@@ -11,42 +11,37 @@ share a large snapshot. They take chunks from one queue, so none waits for anoth
 What to fetch it is told in a manifest, or it finds out by itself (``ahead``): then it is spawned before anything is known
 of the snapshot, and neither its own start nor the look-up waits for the imports of this process.
 
-The wire is a socket pair that carries messages (``wire``). Nothing of them is in argv.
+How it is spawned and spoken with: ``coldstart.children``.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
-import socket
-import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from coldstart import errors
+from coldstart import children
 from coldstart.config import child_environment
-from coldstart.errors import ColdstartError, SnapshotError
+from coldstart.errors import SnapshotError
 from coldstart.fetch.base import Fetch, FetchReport, FetchRequest
 from coldstart.fetch.crew import Bounds, queue_of, share_of
 from coldstart.fetch.threads import start_threads
-from coldstart.fetch.wire import WIRE_FD, receive, send
 from coldstart.manifest import manifest_to_json
 from coldstart.plan import fetch_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from coldstart.children import Message
+
 ENGINE = "process"
-_FIRST_FREE_FD = 10
-_BOOT = "import sys; sys.path[:] = {path!r}; from coldstart.fetch.child import main; main()"
 
 
 def can_start(request: FetchRequest) -> bool:
-    """Whether a fetcher could do the work: the store can be opened there, and the arena shared with it."""
+    """Whether a fetcher could be asked to do the work: there can be one, and it can open the store."""
     address = request.address
-    return address is not None and not address.url.startswith("memory:") and can_share(request) and can_spawn()
+    return address is not None and not address.url.startswith("memory:") and children.can_spawn()
 
 
 def can_share(request: FetchRequest) -> bool:
@@ -54,17 +49,14 @@ def can_share(request: FetchRequest) -> bool:
     return getattr(request.arena, "fileno", None) is not None
 
 
-def can_spawn() -> bool:
-    """Whether this platform has what a fetcher needs."""
-    return sys.platform == "linux" and hasattr(os, "posix_spawn") and bool(sys.executable)
-
-
 def start_process(request: FetchRequest) -> Fetch:
-    """Begin fetching in a process of its own; on threads of this one where it cannot be started."""
+    """Begin fetching in a process of its own; on threads of this one where it cannot be started, or reach the arena."""
+    if not can_share(request):
+        return _Replacement(request, "this system gives no memory that a fetcher process could share")
     try:
         fetcher = Fetcher()
     except OSError as error:
-        return _Instead(request, f"the fetcher process could not be started: {error.strerror}")
+        return _Replacement(request, f"the fetcher process could not be started: {error.strerror}")
     return _ProcessFetch(request, fetcher, _whole_task(request))
 
 
@@ -88,28 +80,24 @@ class Fetcher:
     """A fetcher process that waits for messages, and our end of the wire to it. Raises OSError where there can be none."""
 
     def __init__(self) -> None:
-        self.wire, self._pid = _spawn()
+        self._wire, self._pid = children.spawn("coldstart.fetch.child", child_environment())
         self._lock = threading.Lock()
 
-    def tell(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
-        """Send a message; False where the fetcher has ended."""
-        try:
-            send(self.wire, message, descriptors)
-        except OSError:
-            return False
-        return True
+    def tell(self, document: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        """Send a message."""
+        with suppress(OSError):  # it has ended, and whoever listens hears of that
+            children.send(self._wire, document, descriptors=descriptors)
 
-    def hear(self) -> tuple[dict[str, Any] | None, list[int]]:
-        """Wait for its next message and the descriptors that come with it; None where it has ended."""
+    def hear(self) -> Message | None:
+        """Wait for its next message; None where it has ended."""
         try:
-            return receive(self.wire)
+            return children.receive(self._wire)
         except OSError:
-            return None, []
+            return None
 
     def hang_up(self) -> None:
         """Let it end by itself; whoever waits for its message hears of the end."""
-        with suppress(OSError):  # it has ended already
-            self.wire.shutdown(socket.SHUT_RDWR)
+        children.hang_up(self._wire)
 
     def end(self) -> None:
         """End it now and take its exit status from the kernel. May be called more than once."""
@@ -117,11 +105,8 @@ class Fetcher:
             pid, self._pid = self._pid, 0
         if not pid:
             return
-        self.wire.close()
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):  # somebody in this process has waited for all children
-            os.waitpid(pid, 0)
+        self._wire.close()
+        children.end(pid)
 
 
 class _ProcessFetch(Fetch):
@@ -134,17 +119,21 @@ class _ProcessFetch(Fetch):
         self._cancelled = threading.Event()
         self._report: FetchReport | None = None
         self._error: BaseException | None = None
-        self._instead: Fetch | None = None
+        self._replacement: Fetch | None = None
         self._share = share_of(_bounds_of(request), request.manifest)
-        self._crew = [_Member(fetcher, task), *_helpers(request, self._share.processes - 1)]
+        self._crew = [_Member(fetcher, task), *_further_members(request, self._share.processes - 1)]
         self._queue_fd = queue_fd
-        if queue_fd is None and len(self._crew) > 1:
-            self._queue_fd = queue_of(fetch_order(request.manifest))
         self._lock = threading.Lock()
         self._ending: _Member | None = None
         """The first whose end was no success."""
         self._thread = threading.Thread(target=self._run, name=f"coldstart-fetch-{request.manifest.name}", daemon=True)
-        self._thread.start()
+        try:
+            if queue_fd is None and len(self._crew) > 1:
+                self._queue_fd = queue_of(fetch_order(request.manifest))
+            self._thread.start()
+        except BaseException:  # a limit of the container, on threads or descriptors
+            self._end_all()
+            raise
 
     def wait(self) -> FetchReport:
         self._thread.join()
@@ -156,8 +145,8 @@ class _ProcessFetch(Fetch):
     def cancel(self) -> None:
         self._cancelled.set()
         self._hang_up()
-        if self._instead is not None:
-            self._instead.cancel()
+        if self._replacement is not None:
+            self._replacement.cancel()
 
     def _run(self) -> None:
         try:
@@ -166,19 +155,20 @@ class _ProcessFetch(Fetch):
             self._error = error
 
     def _fetch(self) -> FetchReport:
-        self._converse_with_all()
-        for member in self._crew:
-            member.fetcher.end()
+        try:
+            self._converse_with_all()
+        finally:
+            self._end_all()
         if self._cancelled.is_set():
             raise SnapshotError("the fetch was cancelled", snapshot=self._request.manifest.name)
         if self._ending is None:
             return self._success()
         if self._ending.answer is not None:
-            raise _error_of(self._ending.answer)
-        self._instead = _Instead(self._request, "the fetcher process ended early")
+            raise children.error_of(self._ending.answer, SnapshotError)
+        self._replacement = _Replacement(self._request, "the fetcher process ended early")
         if self._cancelled.is_set():  # meanwhile
-            self._instead.cancel()
-        return self._instead.wait()
+            self._replacement.cancel()
+        return self._replacement.wait()
 
     def _converse_with_all(self) -> None:
         others = [
@@ -190,6 +180,10 @@ class _ProcessFetch(Fetch):
         self._converse(self._crew[0])
         for thread in others:
             thread.join()
+
+    def _end_all(self) -> None:
+        for member in self._crew:
+            member.fetcher.end()
         if self._queue_fd is not None:
             os.close(self._queue_fd)
 
@@ -197,14 +191,14 @@ class _ProcessFetch(Fetch):
         """Give a fetcher its task and listen until it has ended; if that is no success, the others are to end too."""
         if member.task is not None:
             arena: Any = self._request.arena
-            told = {**member.task, "segment_offsets": list(arena.segment_offsets), "bounds": list(self._share)}
+            told = {**member.task, "bounds": list(self._share)}
             member.fetcher.tell(told, [fd for fd in (arena.fileno, self._queue_fd) if fd is not None])
-        while (answer := member.fetcher.hear()[0]) is not None and "placed_bytes" in answer:
-            member.placed_bytes = answer["placed_bytes"]
+        while (message := member.fetcher.hear()) is not None and "placed_bytes" in message.document:
+            member.placed_bytes = message.document["placed_bytes"]
             if self._request.progress is not None:
                 self._request.progress(sum(each.placed_bytes for each in self._crew))
-        member.answer = answer
-        if answer is None or "error" in answer:
+        member.answer = None if message is None else message.document
+        if member.answer is None or "error" in member.answer:
             with self._lock:
                 self._ending = self._ending or member
             self._hang_up()
@@ -219,8 +213,8 @@ class _ProcessFetch(Fetch):
             ENGINE if len(answers) == 1 else f"{len(answers)} processes",
             sum(chunk.stored_bytes for chunk in self._request.manifest.chunks),
             sum(answer["retried_chunks"] for answer in answers),
-            min(answer["began_seconds"] for answer in answers),
-            max(answer["ended_seconds"] for answer in answers),
+            min(answer["began_monotonic_seconds"] for answer in answers),
+            max(answer["ended_monotonic_seconds"] for answer in answers),
             sum(answer["reads"] for answer in answers),
             tuple(dict.fromkeys(reason for answer in answers for reason in answer["degraded"])),
         )
@@ -236,20 +230,20 @@ class _Member:
         self.answer: dict[str, Any] | None = None
 
 
-def _helpers(request: FetchRequest, wanted: int) -> list[_Member]:
+def _further_members(request: FetchRequest, wanted: int) -> list[_Member]:
     """Further fetchers, as many as the system lets us have."""
-    helpers: list[_Member] = []
+    members: list[_Member] = []
     with suppress(OSError):  # those that there are do it all
-        while len(helpers) < wanted:
-            helpers.append(_Member(Fetcher(), _whole_task(request)))
-    return helpers
+        while len(members) < wanted:
+            members.append(_Member(Fetcher(), _whole_task(request)))
+    return members
 
 
 def _bounds_of(request: FetchRequest) -> Bounds:
     return Bounds(request.threads, request.budget_bytes, request.processes, request.verify_raw)
 
 
-class _Instead(Fetch):
+class _Replacement(Fetch):
     """The threads engine, whose report says why it had to do the work."""
 
     def __init__(self, request: FetchRequest, reason: str) -> None:
@@ -262,37 +256,3 @@ class _Instead(Fetch):
 
     def cancel(self) -> None:
         self._fetch.cancel()
-
-
-def _spawn() -> tuple[socket.socket, int]:
-    """A fetcher that waits for its message: our end of the wire, and its process id. Raises OSError."""
-    ours, theirs = socket.socketpair()
-    moved = fcntl.fcntl(
-        theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD
-    )  # dup2 to itself would stay close-on-exec
-    theirs.close()
-    code = _BOOT.format(path=list(sys.path))
-    try:
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-I", "-S", "-c", code],
-            child_environment(),
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, moved, WIRE_FD),
-            ],
-        )
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        os.close(moved)
-    return ours, pid
-
-
-def _error_of(answer: dict[str, Any]) -> ColdstartError:
-    """The error that the fetcher ended with, as the threads engine would have raised it."""
-    kind = getattr(errors, answer["error"], SnapshotError)
-    made: ColdstartError = kind(answer["message"], snapshot=answer["snapshot"], key=answer["key"])
-    return made

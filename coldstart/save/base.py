@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from coldstart.manifest import Chunk
     from coldstart.repository import Repository
 
-AUTO, PROCESS, THREAD = ENGINES = ("auto", "process", "thread")
+AUTO, PROCESS, THREADS = ENGINES = ("auto", "process", "threads")
+"""The words of a fetch (``fetch.ENGINES``) too; of all threads of this process it is the one that captures that saves."""
 
 STOPPED = "the worker ended while its state was captured; the previous generation stays"
 
@@ -29,7 +30,7 @@ class Saving(NamedTuple):
     bytes_per_second: int
 
 
-IN_THREAD = Saving(THREAD, None, 256 << 20, 0)
+IN_THREAD = Saving(THREADS, None, 256 << 20, 0)
 """Chunk by chunk in the thread that captures, as fast as the store takes them."""
 
 

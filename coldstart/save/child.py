@@ -12,15 +12,15 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from coldstart.children import WIRE_FD, Message, receive, send, told
 from coldstart.errors import ColdstartError, StateChangedError
 from coldstart.manifest import Chunk
 from coldstart.pipeline import Job, run_all
 from coldstart.repository import Repository
 from coldstart.save.base import Terms
 from coldstart.save.priority import follow_parent, give_way
-from coldstart.save.process import RING_FD, WIRE_FD
+from coldstart.save.process import RING_FD
 from coldstart.save.stage import Rate, Stage, hash_of
-from coldstart.save.wire import Message, receive, send
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
@@ -82,12 +82,14 @@ class _Work:
         self._stage = Stage(Repository(self._store), _terms(greeting), rate)
 
     def _listen(self) -> None:
-        while (message := receive(self._wire)) is not None:
-            if message.document["operation"] == "stop":
-                self._stopping.set()
-                message = None
-            self._asked.put(message)
-        os._exit(0)
+        try:
+            while (message := receive(self._wire)) is not None:
+                if message.document["operation"] == "stop":
+                    self._stopping.set()
+                    message = None
+                self._asked.put(message)
+        finally:  # also where a message cannot be read: nobody would hear the parent any more
+            os._exit(0)
 
     def _jobs(self) -> Iterator[Job]:
         """One job a message. Codecs are chosen here, by one thread, so that it is always the first chunk that decides."""
@@ -149,9 +151,7 @@ class _Work:
         try:
             work()
         except ColdstartError as error:
-            kind = type(error).__name__
-            told = {"error": kind, "message": str(error), "snapshot": error.snapshot, "key": error.key}
-            self._send({"number": number, **told})
+            self._send({"number": number, **told(error)})
             return False
         return True
 

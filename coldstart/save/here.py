@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coldstart.errors import CaptureError, StateChangedError
-from coldstart.save.base import STOPPED, THREAD, Saver
+from coldstart.save.base import STOPPED, THREADS, Saver
 from coldstart.save.stage import Rate, Stage, hash_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def save_here(
 ) -> Saver:
     """A saver that does one chunk after another. ``reason``: why nobody else does, where that was wanted."""
     stage = Stage(repository, terms, Rate(bytes_per_second, stopping))
-    return _Here(repository, stage, stopping, f"{THREAD} ({reason})" if reason else THREAD)
+    return _Here(repository, stage, stopping, f"{THREADS} ({reason})" if reason else THREADS)
 
 
 class _Here(Saver):

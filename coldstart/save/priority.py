@@ -1,11 +1,14 @@
-"""The lowest priority that a process can have: it works while nobody else wants to."""
+"""Giving way to those who serve: a process that works while nobody else wants to, a thread that lets others go first."""
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from contextlib import suppress
 
 NICENESS = 19
+_NICENESS_OF_THREADS = 10
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,3 +44,9 @@ def give_way(pid: int = 0) -> None:
         pass
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
+
+
+def lower_priority() -> None:
+    """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS_OF_THREADS)

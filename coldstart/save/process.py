@@ -11,24 +11,19 @@ the work: of chunks without an answer it takes another copy.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
-import socket
-import sys
 import threading
 from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from coldstart import errors
+from coldstart import children
 from coldstart.config import child_environment
 from coldstart.errors import CaptureError, ColdstartError, ObjectMissingError
 from coldstart.repository import Repository
 from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
 from coldstart.save.here import gathered, save_here
 from coldstart.save.stage import hash_of
-from coldstart.save.wire import receive, send
 from coldstart.stores.base import Store
 
 if TYPE_CHECKING:
@@ -39,18 +34,16 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 
-WIRE_FD, RING_FD = 3, 4
-"""Descriptors of the saver: its end of the wire, and the memory file with the slots."""
-THREADS = 8
+RING_FD = children.WIRE_FD + 1
+"""The saver's descriptor of the memory file with the slots."""
+CHUNKS_AT_ONCE = 8
 """Chunks that are encoded and sent at a time, where the budget has room for them: many small ones, or few large ones."""
 
-_MOST_SLOTS = 2 * THREADS
+_MOST_SLOTS = 2 * CHUNKS_AT_ONCE
 _SLOTS_PART, _WORK_PART = 4, 2
 """The slots may have a quarter of the memory budget, the saver's work a half; the rest is for its interpreter."""
-_FIRST_FREE_FD = 10
 _PIECES_AT_ONCE = 1024
 _STOP_SECONDS = 0.2
-_BOOT = "import sys; sys.path[:] = {path!r}; from coldstart.save.child import main; main()"
 
 
 def save_in_process(saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> Saver:
@@ -58,7 +51,7 @@ def save_in_process(saving: Saving, terms: Terms, repository: Repository, stoppi
     assert saving.address is not None
     if saving.address.url.startswith("memory:"):
         return save_here(repository, terms, saving.bytes_per_second, stopping)
-    if sys.platform != "linux" or not hasattr(os, "memfd_create") or not sys.executable:
+    if not children.can_spawn() or not hasattr(os, "memfd_create"):
         return save_here(
             repository, terms, saving.bytes_per_second, stopping, reason="this platform has no saver process"
         )
@@ -89,7 +82,12 @@ class _Process(Saver):
         self._free = list(range(count))
         self._ring = _memory_file(count * self._slot_bytes)
         try:
-            self._wire, self._pid = _spawn(self._ring)
+            self._wire, self._pid = children.spawn(
+                "coldstart.save.child",
+                child_environment({"OPENBLAS_NUM_THREADS": "1"}),  # numpy only moves bytes there
+                files=[self._ring],
+                leads_group=True,  # coldstart.save.turns stops the group
+            )
         except OSError:
             os.close(self._ring)
             raise
@@ -130,14 +128,14 @@ class _Process(Saver):
             self._engine = self._here.engine
             return None
         if "error" in answer:
-            raise _error_of(answer)
+            raise children.error_of(answer, CaptureError)
         return str(answer["etag"])
 
     def stop(self) -> None:
         if self._sending.acquire(timeout=_STOP_SECONDS):  # else it is given something long, and no chunk
             try:
                 with suppress(OSError):
-                    send(self._wire, {"operation": "stop"})
+                    children.send(self._wire, {"operation": "stop"})
             finally:
                 self._sending.release()
         with self._changed:
@@ -148,16 +146,12 @@ class _Process(Saver):
             if self._ring < 0:
                 return
             self._changed.wait_for(lambda: self._is_over or not self._slots, timeout=seconds)
-        with suppress(OSError):  # it has ended already
-            self._wire.shutdown(socket.SHUT_RDWR)
+        children.hang_up(self._wire)
         self._listener.join()
         self._wire.close()
         os.close(self._ring)
         self._ring = -1
-        with suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
-        with suppress(ChildProcessError):  # somebody in this process has waited for all children
-            os.waitpid(self._pid, 0)
+        children.end(self._pid)
 
     # --- chunks ------------------------------------------------------------------------------------------------------
 
@@ -234,7 +228,7 @@ class _Process(Saver):
         """Whether it could be sent; what cannot is the saver's end, which the listener notices."""
         try:
             with self._sending:
-                send(self._wire, document, data)
+                children.send(self._wire, document, data)
         except OSError:
             self._note_end()
             return False
@@ -243,7 +237,7 @@ class _Process(Saver):
     def _listen(self) -> None:
         """Take answers until the saver ends, or is let go of."""
         with suppress(OSError):
-            while (message := receive(self._wire)) is not None:
+            while (message := children.receive(self._wire)) is not None:
                 self._take(message.document)
         self._note_end()
 
@@ -254,7 +248,7 @@ class _Process(Saver):
             if slot is not None:
                 self._free.append(slot)
             if "error" in answer and (slot is not None or number == 0):
-                self._error = self._error or _error_of(answer)
+                self._error = self._error or children.error_of(answer, CaptureError)
             else:
                 self._answers[number] = answer
             self._changed.notify_all()
@@ -336,42 +330,13 @@ def _rest(pieces: list[memoryview], done: int) -> list[memoryview]:
     return []
 
 
-def _spawn(ring_fd: int) -> tuple[socket.socket, int]:
-    """A saver that waits for its greeting: our end of the wire, and its process id. Raises OSError."""
-    ours, theirs = socket.socketpair()
-    # Above 4, so that putting one in its place cannot overwrite the other.
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE_FD) for fd in (theirs.fileno(), ring_fd)]
-    theirs.close()
-    code = _BOOT.format(path=list(sys.path))
-    try:
-        pid = os.posix_spawn(
-            sys.executable,
-            [sys.executable, "-I", "-S", "-c", code],
-            child_environment({"OPENBLAS_NUM_THREADS": "1"}),  # numpy only moves bytes there
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, moved[0], WIRE_FD),
-                (os.POSIX_SPAWN_DUP2, moved[1], RING_FD),
-            ],
-            setpgroup=0,  # coldstart.save.turns stops the group
-        )
-    except OSError:
-        ours.close()
-        raise
-    finally:
-        for fd in moved:
-            os.close(fd)
-    return ours, pid
-
-
 def _greeting(saving: Saving, terms: Terms) -> dict[str, Any]:
     assert saving.address is not None
     return {
         "url": saving.address.url,
         "options": saving.address.options._asdict(),
         "parent": os.getpid(),
-        "threads": THREADS,
+        "threads": CHUNKS_AT_ONCE,
         "budget_bytes": saving.budget_bytes // _WORK_PART,
         "bytes_per_second": saving.bytes_per_second,
         "codec": terms.codec,
@@ -393,10 +358,3 @@ def _saved(answer: dict[str, Any]) -> Saved:
 
 def _raw_hash(answer: dict[str, Any]) -> str:
     return str(answer["raw_hash"])
-
-
-def _error_of(answer: dict[str, Any]) -> ColdstartError:
-    """The error that the saver met, as it would have been raised here."""
-    kind = getattr(errors, answer["error"], CaptureError)
-    made: ColdstartError = kind(answer["message"], snapshot=answer["snapshot"], key=answer["key"])
-    return made

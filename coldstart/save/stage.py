@@ -39,7 +39,7 @@ class Rate:
             now = self._clock()
             begin = max(now, self._free_seconds)
             self._free_seconds = begin + amount_bytes / self._bytes_per_second
-        return begin - now
+        return min(begin - now, threading.TIMEOUT_MAX)
 
 
 class Stage:

@@ -40,7 +40,8 @@ def locate(url: str, options: StoreOptions) -> BucketLocation:
     if not _BUCKET.match(bucket) or ".." in bucket:
         # Not repeated: whoever writes s3://KEY:SECRET@bucket has put a secret here.
         raise StoreSetupError(
-            f"a {scheme} address is {scheme}://bucket/prefix; credentials, ports and options do not belong in it"
+            f"a {scheme} address is {scheme}://bucket/prefix; credentials, ports and options do not belong in it, and a"
+            " bucket's name has 3 to 63 lower-case letters, digits, dots and hyphens"
         )
     prefix = prefix.strip("/")
     if prefix:

@@ -29,7 +29,9 @@ PATTERNS = tuple(
 
 def fill(arena: Arena, segment: int) -> bytes:
     """Write its pattern to a whole segment of an arena of ``SEGMENTS``, as a fetch would, and return it."""
-    arena.writable(segment)[:] = PATTERNS[segment]
+    half = len(PATTERNS[segment]) // 2
+    arena.place(segment, 0, memoryview(PATTERNS[segment])[:half])
+    arena.writable(segment)[half:] = PATTERNS[segment][half:]
     return PATTERNS[segment]
 
 
@@ -93,6 +95,8 @@ class ArenaContract:
         arena = self.sealed()
         with pytest.raises(RuntimeError, match=r"sealed|mapped"):
             arena.writable(0)
+        with pytest.raises(RuntimeError, match=r"sealed|mapped"):
+            arena.place(0, 0, memoryview(b"x"))
 
     def test_arrays_are_flat_writable_bytes(self) -> None:
         """An array is one-dimensional uint8 of the length asked for, at an aligned address for an aligned offset."""
@@ -149,6 +153,14 @@ class DeviceContract(ArenaContract):
         arena = self.make().allocate(SEGMENTS)
         assert tuple(arena.segment_bytes) == SEGMENTS
         assert tuple(len(arena.writable(segment)) for segment in range(len(SEGMENTS))) == SEGMENTS
+
+    def test_nothing_is_placed_outside_its_segment(self) -> None:
+        """Bytes that would reach beyond the end of a segment, or before it, are refused: the next one's lie there."""
+        arena = self.make().allocate(SEGMENTS)
+        for segment, offset_bytes in ((0, 4), (1, 0), (2, 4095), (3, 1 << 40), (0, -1), (0, -2)):
+            with pytest.raises(ValueError, match="do not fit"):
+                arena.place(segment, offset_bytes, memoryview(b"xx"))
+        assert all(not any(arena.writable(segment)) for segment in range(len(SEGMENTS)))
 
     def test_arrays_may_be_taken_before_the_fill(self) -> None:
         """Binding happens while bytes still arrive, so an array taken (and read) early shows what comes later."""

@@ -23,11 +23,11 @@ def prepare(task: Task) -> Callable[[], Reading]:
     client = Client(task) if task.option("client", "coldstart") == "obstore" else None
 
     def read() -> Reading:
-        fetch, manifest, arena = ours.start(snapshot, client=client)
+        wait = ours.begin(snapshot, client=client)
         details: dict[str, Any] = {}
         if task.option("beside_import", False):
             details["import_seconds"] = import_seconds()
-        report = fetch.wait()
+        manifest, arena, report = wait()
         arena.seal()
         details["fetch_seconds"] = report.ended_monotonic_seconds - report.began_monotonic_seconds
         details["engine"] = report.engine

@@ -25,28 +25,13 @@ def prepare(task: Task) -> Callable[[], Reading]:
 
 
 def _read(task: Task) -> memoryview:
-    target = _memory(task.object_bytes, task.option("memory", "private"))
+    target = memoryview(mmap.mmap(-1, task.object_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     parts = _Parts(task.object_bytes, task.option("part_bytes", 16 << 20))
     connections = task.option("connections", 4)
     with ThreadPoolExecutor(connections) as pool:
         for drained in [pool.submit(_drain, task, parts, target) for _ in range(connections)]:
             drained.result()
     return target
-
-
-def _memory(size_bytes: int, kind: str) -> memoryview:
-    """Fresh memory of this process, or of a memory file as coldstart has it; with ``+huge``, in huge pages if it can be."""
-    import os
-
-    name, _, pages = kind.partition("+")
-    made = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if name == "file":
-        descriptor = os.memfd_create("limit")
-        os.ftruncate(descriptor, size_bytes)
-        made = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED)
-    if pages == "huge":
-        made.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(made)
 
 
 class _Parts:

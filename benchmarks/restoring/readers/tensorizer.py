@@ -25,11 +25,8 @@ def prepare(task: Task) -> Callable[[], Reading]:
             s3_endpoint=f"{task.host}:{task.port}",
             force_http=True,
         )
-        readers = task.option("num_readers", None)
-        with TensorDeserializer(
-            stream, device="cpu", num_readers=readers, verify_hash=task.option("verify", False)
-        ) as read:
-            return Reading({name: tensor.data for name, tensor in read.items()})
+        with TensorDeserializer(stream, device="cpu", verify_hash=task.option("verify", False)) as found:
+            return Reading({name: tensor.data for name, tensor in found.items()})
 
     return read
 
