@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -22,8 +23,10 @@ from tests.runpod_workers import Line, Worker, lines
 from tests.starts import ROOT, Project
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from coldstart.stores.base import Store
 
 SOON_SECONDS = 10.0
 """Far below the 20 s for which polls are held where a worker must not wait for them."""
@@ -70,15 +73,28 @@ def serve(plane: Plane, project: Project, line: Line, target: str, **environment
     return worker_of(plane, project, line, "serve", target, **environment)
 
 
-def stored(project: Project, prefix: str) -> dict[str, bytes]:
-    """Key -> bytes of the objects in the project's bucket."""
+@contextmanager
+def bucket(project: Project) -> Iterator[Store]:
+    """The project's bucket."""
     own = project.environment
     options = StoreOptions(own["COLDSTART_ENDPOINT_URL"], "us-east-1", "id", "secret")
     store = open_store(own["COLDSTART_STORE"], options)
     try:
-        return {found.key: bytes(store.get(found.key).data) for found in store.list(prefix)}
+        yield store
     finally:
         store.close()
+
+
+def stored(project: Project, prefix: str) -> dict[str, bytes]:
+    """Key -> bytes of the objects in the project's bucket."""
+    with bucket(project) as store:
+        return {found.key: bytes(store.get(found.key).data) for found in store.list(prefix)}
+
+
+def count(project: Project, prefix: str) -> int:
+    """How many objects there are, without reading them."""
+    with bucket(project) as store:
+        return sum(1 for _ in store.list(prefix))
 
 
 def record(project: Project, name: str, worker: Worker, kind: str = "restored") -> dict[str, Any]:
@@ -536,7 +552,7 @@ from coldstart import coldstart
 def load():
     with open("seed") as file:
         seed = int(file.read())
-    return {"seed": seed, "bytes": np.random.default_rng(seed).integers(0, 256, 32 << 20, dtype=np.uint8)}
+    return {"seed": seed, "bytes": np.random.default_rng(seed).integers(0, 256, 64 << 20, dtype=np.uint8)}
 
 @coldstart("large", load=load, warmup=[1])
 def handler(event, model):
@@ -553,13 +569,13 @@ def test_sigterm_during_a_capture(new_project: Callable[..., Project], line: Lin
         (project.folder / "seed").write_text("1")
         first = project.run()
         assert first.capture["published"]
-        blobs = len(stored(project, "blobs/"))
+        blobs = count(project, "blobs/")
         (project.folder / "seed").write_text("2")
         link.up.bytes_per_second = 5e6
         with serve(plane, project, line, "handler.py", COLDSTART_FRESH="on") as worker:
             (job,) = plane.queue(1)
             assert plane.output(job)[0] == 2
-            wait_until(lambda: len(stored(project, "blobs/")) >= blobs + 2)
+            wait_until(lambda: count(project, "blobs/") >= blobs + 2)
             assert worker.terminate(SOON_SECONDS) == 0
             assert "Traceback" not in worker.errors
         assert len(stored(project, "manifests/")) == 1
