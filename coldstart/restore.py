@@ -206,7 +206,7 @@ class Restoration:
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
         self._manifest = manifest
-        ahead_seconds = self._ahead.found_monotonic_seconds if self._ahead is not None else 0.0
+        ahead_seconds = 0.0 if self._ahead is None else self._ahead.found_monotonic_seconds(key)
         self.found_monotonic_seconds = ahead_seconds or time.monotonic()
         self._found.set()
         self._bus.publish(

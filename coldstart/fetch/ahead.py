@@ -54,8 +54,7 @@ class LookAhead:
         self._found: dict[str, StoredObject] = {}
         self._manifest_key = ""
         self._filling: Filling | None = None
-        self.found_monotonic_seconds = 0.0
-        """When the fetcher had the manifest, which may be long before this process hears of it; 0.0: it has none."""
+        self._found_monotonic_seconds = 0.0
 
     def read(self, key: str) -> StoredObject | None:
         """The object as the fetcher found it; None where it did not, or was not asked to.
@@ -65,6 +64,10 @@ class LookAhead:
         while key not in self._found and self._hear():
             pass
         return self._found.get(key)
+
+    def found_monotonic_seconds(self, manifest_key: str) -> float:
+        """When the fetcher had this manifest, which may be long before this process hears of it; 0.0: it has not."""
+        return self._found_monotonic_seconds if manifest_key == self._manifest_key else 0.0
 
     def arena_fd(self, manifest_key: str) -> int | None:
         """The memory file that is being filled with this manifest, for the caller to keep or close; None: none is."""
@@ -109,7 +112,7 @@ class LookAhead:
         found = message.document
         self._found[found["key"]] = StoredObject(message.data, found["etag"])
         if found["is_manifest"]:
-            self._manifest_key, self.found_monotonic_seconds = found["key"], found["found_monotonic_seconds"]
+            self._manifest_key, self._found_monotonic_seconds = found["key"], found["found_monotonic_seconds"]
             self._filling = Filling(*message.descriptors) if message.descriptors else None
         return True
 

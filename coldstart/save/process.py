@@ -24,13 +24,13 @@ from coldstart.repository import Repository
 from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
 from coldstart.save.here import gathered, save_here
 from coldstart.save.stage import hash_of
-from coldstart.stores.base import Store
+from coldstart.stores.base import StoreWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from coldstart.save.base import Saving, Task, Terms
-    from coldstart.stores.base import Capabilities, ObjectInfo, StoredObject
+    from coldstart.stores.base import Store
 
 _Result = TypeVar("_Result")
 
@@ -259,29 +259,12 @@ class _Process(Saver):
             self._changed.notify_all()
 
 
-class _WritingStore(Store):
+class _WritingStore(StoreWrapper):
     """The store as this process reads it; what is written goes through the saver as long as there is one."""
 
     def __init__(self, saver: _Process, store: Store) -> None:
+        super().__init__(store)
         self._saver = saver
-        self._store = store
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._store.capabilities
-
-    def get(self, key: str) -> StoredObject:
-        return self._store.get(key)
-
-    def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
-        self._store.read_into(key, target, offset_bytes=offset_bytes)
-
-    def head(self, key: str) -> ObjectInfo:
-        return self._store.head(key)
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
         etag = self._saver.put(key, data, if_absent=if_absent, if_match=if_match)
@@ -294,12 +277,6 @@ class _WritingStore(Store):
             if stored.data == bytes(data):
                 return stored.etag
         return self._store.put(key, data, if_absent=if_absent, if_match=if_match)
-
-    def delete(self, key: str) -> None:
-        self._store.delete(key)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        return self._store.list(prefix)
 
 
 def _memory_file(size_bytes: int) -> int:

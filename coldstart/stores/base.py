@@ -105,6 +105,51 @@ class Store(ABC):
         """Let go of connections. The store is not used afterwards."""
 
 
+class StoreWrapper(Store):
+    """A store that does all as ``store`` does; a subclass says where it does otherwise."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def url(self) -> str:
+        """The wrapped store's."""
+        return self._store.url
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The wrapped store's."""
+        return self._store.capabilities
+
+    def get(self, key: str) -> StoredObject:
+        """As the wrapped store."""
+        return self._store.get(key)
+
+    def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
+        """As the wrapped store."""
+        self._store.read_into(key, target, offset_bytes=offset_bytes)
+
+    def head(self, key: str) -> ObjectInfo:
+        """As the wrapped store."""
+        return self._store.head(key)
+
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """As the wrapped store."""
+        return self._store.put(key, data, if_absent=if_absent, if_match=if_match)
+
+    def delete(self, key: str) -> None:
+        """As the wrapped store."""
+        self._store.delete(key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """As the wrapped store."""
+        return self._store.list(prefix)
+
+    def close(self) -> None:
+        """Close the wrapped store."""
+        self._store.close()
+
+
 def check_key(key: str) -> str:
     """Return ``key`` if it is a legal object key, else raise StoreSetupError (a bug or a hostile manifest)."""
     if not _KEY.match(key):

@@ -42,7 +42,7 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject
+from coldstart.stores.base import Store, StoredObject, StoreWrapper
 from coldstart.stores.cache_folder import CacheFolder
 from coldstart.stores.retrying import Clock, SystemClock
 
@@ -64,7 +64,7 @@ _NO_FLOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVA
 """How ``flock`` fails on file systems that have none."""
 
 
-class CachedStore(Store):
+class CachedStore(StoreWrapper):
     """``store`` with copies of its blobs and manifests in ``folder``, of at most ``limit_bytes`` together.
 
     The folder is made (mode 0700) by the first use; it may serve several stores. ``degraded`` is called, from whichever
@@ -81,7 +81,7 @@ class CachedStore(Store):
         clock: Clock | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._copies = CacheFolder(folder, limit_bytes=limit_bytes, now=now)
         self._folder = folder
         self._degraded = degraded
@@ -92,16 +92,6 @@ class CachedStore(Store):
         self._told_slow = False
         self._prepared = False
         self._serves = self._keeps = self._takes_turns = True
-
-    @property
-    def url(self) -> str:
-        """The wrapped store's."""
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """The wrapped store's."""
-        return self._store.capabilities
 
     def get(self, key: str) -> StoredObject:
         """A manifest from its copy if there is a good one; everything else from the store."""
@@ -137,10 +127,6 @@ class CachedStore(Store):
         """The folder for segments that this host's workers map; None where the cache is not used."""
         return self._copies if self._is_ready() else None
 
-    def head(self, key: str) -> ObjectInfo:
-        """As the wrapped store: a head asks what the store has."""
-        return self._store.head(key)
-
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write to the store; when it has a blob or a manifest, a copy is kept."""
         etag = self._store.put(key, data, if_absent=if_absent, if_match=if_match)
@@ -159,14 +145,6 @@ class CachedStore(Store):
             self._drop("blobs", match[2])
         elif _MANIFEST.match(key):
             self._drop("manifests", self._manifest_name(key))
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As the wrapped store."""
-        return self._store.list(prefix)
-
-    def close(self) -> None:
-        """Close the wrapped store; the copies stay."""
-        self._store.close()
 
     # --- blobs --------------------------------------------------------------------------------------------------------
 

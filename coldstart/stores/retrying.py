@@ -24,7 +24,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from coldstart.errors import ConditionFailedError, ObjectMissingError, StoreError, StoreTransientError
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject
+from coldstart.stores.base import ObjectInfo, Store, StoredObject, StoreWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +78,7 @@ class RetryCounts(NamedTuple):
     retries: int
 
 
-class RetryingStore(Store):
+class RetryingStore(StoreWrapper):
     """A store whose transient failures are repeated under ``policy``. ``jitter`` gives numbers in [0, 1)."""
 
     def __init__(
@@ -89,23 +89,13 @@ class RetryingStore(Store):
         clock: Clock | None = None,
         jitter: Callable[[], float] | None = None,
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._policy = policy
         self._clock = clock or SystemClock()
         self._jitter = jitter
         self._attempts = 0
         self._retries = 0
         self._lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        """The wrapped store's."""
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """The wrapped store's."""
-        return self._store.capabilities
 
     @property
     def counts(self) -> RetryCounts:
@@ -158,10 +148,6 @@ class RetryingStore(Store):
         while batch := self._repeat(attempt):
             given.update(info.key for info in batch)
             yield from batch
-
-    def close(self) -> None:
-        """Close the wrapped store."""
-        self._store.close()
 
     def _settle(self, key: str, data: bytes | memoryview, lost: ConditionFailedError, *, creates: bool) -> str:
         """Say what became of a conditional write that failed its condition after an earlier answer was lost."""

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from coldstart.errors import AccessDeniedError, BlobCorruptError, ObjectMissingError, StoreTransientError
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject
+from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, StoreWrapper
 from coldstart.stores.retrying import Clock, SystemClock
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class FaultyStore(Store):
             data[place] ^= 1 << bit
 
 
-class LatencyStore(Store):
+class LatencyStore(StoreWrapper):
     """``store`` behind a slow link: every call waits ``latency_seconds``, and bytes share one ``bytes_per_second``.
 
     The link is shared by all threads, as a worker's network is: calls wait for each other's bytes, not for each other's
@@ -220,22 +220,12 @@ class LatencyStore(Store):
         bytes_per_second: float | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._latency_seconds = latency_seconds
         self._bytes_per_second = bytes_per_second
         self._clock = clock or SystemClock()
         self._link_free_at = 0.0
         self._lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        """The wrapped store's."""
-        return self._store.url
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """The wrapped store's."""
-        return self._store.capabilities
 
     def get(self, key: str) -> StoredObject:
         """As the wrapped store, later."""
@@ -270,10 +260,6 @@ class LatencyStore(Store):
         """As the wrapped store, later."""
         self._clock.sleep(self._latency_seconds)
         return self._store.list(prefix)
-
-    def close(self) -> None:
-        """Close the wrapped store."""
-        self._store.close()
 
     def _transfer(self, size_bytes: int) -> None:
         if self._bytes_per_second is None:
