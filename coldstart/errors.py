@@ -9,6 +9,7 @@
     |   +-- UndeclaredNameError   ctx.env / ctx.secret asked for a name that the decorator does not declare
     |   +-- KeyUncomputableError  what the snapshot depends on cannot be seen in the source
     |   +-- EventError            the event is not a mapping with an input
+    |   +-- ProgramCallError      a call outside what a program was made for: dtype, shape, range, structure
     +-- StoreError                the snapshot store
     |   +-- ObjectMissingError    nothing is stored under that key
     |   +-- ConditionFailedError  a conditional write lost (the object exists, or changed meanwhile)
@@ -21,9 +22,12 @@
     |   +-- BlobCorruptError      stored bytes are not what the manifest says
     |   +-- StateMismatchError    build() and the captured state disagree
     |   +-- UntrustedError        code (a program, a kernel cache) from a store that is not trusted
+    |   +-- ProgramError          a program's record is malformed, or its runtime refused it
+    |       +-- ProgramRuntimeError  the runtime of a program is missing, or too old
     +-- CaptureError              a snapshot could not be made; never fails a request
     |   +-- UncapturableError     the state holds something that cannot be stored, named by its path
     |   +-- StateChangedError     bytes changed while, or before, they were copied
+    |   +-- ExportError           an entry point could not be made into a program
     |   +-- ProofError            a fresh process did not answer like the first worker
     +-- StartError                a worker could not start
     |   +-- PhaseError            one phase of the start failed; names it
@@ -85,6 +89,10 @@ class EventError(UsageError):
     """The event is not a mapping with an ``input``."""
 
 
+class ProgramCallError(UsageError):
+    """A call that a program was not made for: the message names the argument, what it was and what is allowed."""
+
+
 class StoreError(ColdstartError):
     """The snapshot store failed."""
 
@@ -137,6 +145,14 @@ class UntrustedError(SnapshotError):
     """The snapshot carries code and comes from a store that is not trusted."""
 
 
+class ProgramError(SnapshotError):
+    """A program cannot be used: its record is malformed, or its runtime refused it."""
+
+
+class ProgramRuntimeError(ProgramError):
+    """The runtime that a program needs is missing here, or too old."""
+
+
 class CaptureError(ColdstartError):
     """A snapshot could not be made. Never reaches a request."""
 
@@ -151,6 +167,10 @@ class UncapturableError(CaptureError):
 
 class StateChangedError(CaptureError):
     """Bytes of the state changed before or while they were copied, so the copy was dropped."""
+
+
+class ExportError(CaptureError):
+    """An entry point could not be made into a program; starts go on without one."""
 
 
 class ProofError(CaptureError):
