@@ -180,7 +180,7 @@ def _storages_of_both(capture: Capture) -> set[int]:
     if capture.program is None:
         return set()
     found = set(capture.program.shared)
-    kept_names = others.shared_buffers(capture.parent, capture.program.program.id)
+    kept_names = others.shared_buffers(capture.parent, capture.program.program.id) if _is_replaced(capture) else set()
     for each in capture.survey.leaves:
         leaf = each.leaf
         if leaf.buffer != NO_BUFFER and (
@@ -355,13 +355,13 @@ def _is_replaced(capture: Capture) -> bool:
 
 
 def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chunks: tuple[Chunk, ...]) -> Manifest:
-    placed = list(zip(sources, layout.places, strict=True))
+    sources_in_places = list(zip(sources, layout.places, strict=True))
     buffers = tuple(
         Buffer(source.item.name, source.item.kind, place.segment, place.offset_bytes, source.item.length_bytes)
-        for source, place in placed
+        for source, place in sources_in_places
         if not source.item.is_file
     )
-    places_of_files = [place for source, place in placed if source.item.is_file]
+    places_of_files = [place for source, place in sources_in_places if source.item.is_file]
     lengths = [source.item.length_bytes for source in sources if source.item.is_file]
     files = tuple(
         FileEntry(file.root, file.name, _mode(file.path), place.segment, place.offset_bytes, length_bytes)
@@ -392,7 +392,7 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chun
         signature="",
         extra={},
     )
-    if placed is None or capture.parent is None:
+    if placed is None or capture.parent is None or not _is_replaced(capture):
         return manifest
     return others.with_programs_of(manifest, capture.parent, placed.program.id)
 

@@ -308,24 +308,7 @@ def define(name: Any, target: Any, options: Mapping[str, Any]) -> Definition:
         _define_class(definition, target, options)
     else:
         _define_function(definition, target, options)
-    _check_program(definition)
     return definition
-
-
-def _check_program(definition: Definition) -> None:
-    if definition.program is None:
-        return
-    from coldstart.exports import Export
-
-    if not isinstance(definition.program, Export):
-        raise HandlerError(f"program= takes coldstart.export(...), not {definition.program!r}")
-    if list(definition.load) != [""]:
-        raise HandlerError("program= needs an undivided state, and load= has named parts: export one handler a part")
-    if "" in definition.program.entry and (definition.owner is not None or len(definition.program.entry) > 1):
-        raise HandlerError(
-            "program=export() is the state's own call: in class form, and beside other entry points, name what is"
-            " called, such as export(entry='encoder')"
-        )
 
 
 def _define_function(definition: Definition, function: Any, options: Mapping[str, Any]) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
+    from coldstart.definition import Definition
+
 
 class Export(Frozen):
     """A computation of the state that snapshots shall hold as a compiled program. See ``export``."""
@@ -112,3 +114,18 @@ def _tolerance(given: Any) -> Mapping[str, float]:
     if not hasattr(given, "items") or not all(is_number(value) for value in given.values()):
         raise HandlerError(f"export(tolerance={given!r}) takes dtype -> number, such as {{'float32': 1e-4}}")
     return {str(dtype): float(value) for dtype, value in given.items()}
+
+
+def check_program(definition: Definition) -> None:
+    """Raise HandlerError for a ``program=`` that cannot work with the rest of the decorator."""
+    if definition.program is None:
+        return
+    if not isinstance(definition.program, Export):
+        raise HandlerError(f"program= takes coldstart.export(...), not {definition.program!r}")
+    if list(definition.load) != [""]:
+        raise HandlerError("program= needs an undivided state, and load= has named parts: export one handler a part")
+    if "" in definition.program.entry and (definition.owner is not None or len(definition.program.entry) > 1):
+        raise HandlerError(
+            "program=export() is the state's own call: in class form, and beside other entry points, name what is"
+            " called, such as export(entry='encoder')"
+        )

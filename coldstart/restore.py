@@ -334,13 +334,14 @@ def _why_missing(request: Request, lookup: Lookup) -> str:
     return explain_change(lookup.newest.key, request.key)
 
 
-def bind_arrays(restored: Restored, skeleton: Any) -> Any:
+def bind_arrays(restored: Restored, skeleton: Any, *, besides: tuple[str, ...] = ()) -> Any:
     """Bind the arrays of a restored snapshot to what ``build`` made, as views of the arena, and return that.
 
+    ``besides``: paths of objects whose arrays a program makes superfluous: they stay as ``build`` made them.
     Raises StateMismatchError, listing how the two differ.
     """
     manifest = restored.manifest
-    return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored))
+    return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored), besides=besides)
 
 
 def rebuild_tree(restored: Restored) -> Any:

@@ -19,7 +19,7 @@ from coldstart.fetch import Address
 from coldstart.frameworks import survey
 from coldstart.manifest import blob_key
 from coldstart.metrics import Transfers
-from coldstart.proof import Origin
+from coldstart.errand import Origin
 from coldstart.repository import Repository
 from coldstart.resnapshot import Plan, Resnapshot, changed_paths, marks_of
 from coldstart.save import IN_THREAD, Saving

@@ -109,7 +109,10 @@ class CaseWriter:
     def _sized(self, path: str, arrays: Sequence[Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         inputs = self._signatures[path].inputs
         return tuple(
-            resized(array, {axis: sizes[size] for axis, size in enumerate(each.shape) if size in sizes})
+            resized(
+                array,
+                {axis: sizes[size] for axis, size in enumerate(each.shape) if isinstance(size, str) and size in sizes},
+            )
             for array, each in zip(arrays, inputs, strict=True)
         )
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from coldstart.programs.tracing import Traced
 
 
-def make_program(export: Export, recorder: Recorder, backend: str, folder: Path, *, device_type: str) -> int:
+def make_program(
+    export: Export, recorder: Recorder, backend: str, folder: Path, *, device_type: str, concurrency: int = 1
+) -> int:
     """Make the program that ``export`` asks for into ``folder``; returns the number of cases that prove it.
 
     Raises ExportError, HandlerError and ProgramRuntimeError, each with the remedy.
@@ -40,9 +42,10 @@ def make_program(export: Export, recorder: Recorder, backend: str, folder: Path,
         path: _make(backend, traced[path], folder / f"{number}.{backend}", path)
         for number, path in enumerate(export.entry)
     }
+    _refuse_concurrency(made, concurrency)
     arrays = ArrayWriter(folder)
     modules = {path: flat_module(recorder.points[path], calls[path][0].structure) for path in export.entry}
-    writer = CaseWriter(modules, traced, arrays, Random(0))
+    writer = CaseWriter(modules, traced, arrays, Random(0))  # noqa: S311  the same cases each time
     signatures = {path: writer.narrowed(path, calls[path]) for path in export.entry}
     entries = [
         {
@@ -86,12 +89,19 @@ def _in_order(recorder: Recorder, calls: Mapping[str, list[Call]]) -> list[Call]
 
 def _make(backend: str, traced: Traced, file: Path, path: str) -> Made:
     if backend == AOTI:
-        from coldstart.programs import aoti_make
+        from coldstart.programs.aoti_make import make
+    else:
+        from coldstart.programs.onnx_make import make
+    return make(traced.exported, file, path=path)
 
-        return aoti_make.make(traced.exported, file, path=path)
-    from coldstart.programs import onnx_make
 
-    return onnx_make.make(traced.exported, file, path=path)
+def _refuse_concurrency(made: Mapping[str, Made], concurrency: int) -> None:
+    for path, each in made.items():
+        if each.mutated and concurrency > 1:
+            raise ExportError(
+                f"entry point {path!r} writes to {min(each.mutated)}, so one sequence of calls runs at a time, and the handler"
+                f" has concurrency={concurrency}: set it to 1, or pass the cache as an argument and a result"
+            )
 
 
 class _Initial:

@@ -6,10 +6,10 @@ calls write to (a cache) is memory of its own: none is stored where it is all ze
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.manifest import NO_BUFFER, Pool
+from coldstart.programs.base import item_bytes
 from coldstart.programs.folder import RECORD, ArrayReader, read_document, stored_of
 from coldstart.programs.record import ConstantPlace, Entry, Program, consumer_of, program_id, signature_from_json
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SHARED_ALIGNMENT_BYTES = 64
 """A constant is taken from inside an array's memory only where it begins as aligned as runtimes like it."""
-_BITS = re.compile(r"\d+")
 
 
 class Block(NamedTuple):
@@ -102,12 +101,12 @@ class _Placer:
             if not data.any():
                 self.pools[at] = Pool(name, "kv_cache", stored.length_bytes)
             else:
-                self.blocks[at] = Block(name, _item_bytes(stored.dtype), "kv_cache", data)
+                self.blocks[at] = Block(name, item_bytes(stored.dtype), "kv_cache", data)
             return name, 0
         found = self._same(stored, data)
         if found is not None:
             return found
-        self.blocks[at] = Block(name, _item_bytes(stored.dtype), "weights", data)
+        self.blocks[at] = Block(name, item_bytes(stored.dtype), "weights", data)
         return name, 0
 
     def _same(self, stored: Stored, data: Any) -> tuple[str, int] | None:
@@ -155,9 +154,3 @@ def _is_contiguous(leaf: Leaf) -> bool:
 def _buffer_name(survey: Survey, storage: int) -> str:
     """The name that a capture gives the storage's buffer: the path of its first leaf."""
     return next(each.leaf.path for each in survey.leaves if each.leaf.buffer == storage)
-
-
-def _item_bytes(dtype: str) -> int:
-    """The item size by the dtype's name, such as float32, bfloat16, float8_e4m3fn, bool."""
-    bits = _BITS.search(dtype)
-    return max(1, int(bits[0]) // 8) if bits else 1

@@ -7,7 +7,7 @@
                   "mutated": []}]}
 
 A manifest may hold several programs, one a platform: workers of a mixed fleet do not take each other's away. The bytes
-lie in segments whose consumer is ``program-<id>``, but for constants that are arrays of the state too. This is read
+lie in segments whose consumer is ``program_<id>``, but for constants that are arrays of the state too. This is read
 before the first answer, and by the fetcher, to know which segments are wanted: the standard library alone, and strict.
 """
 
@@ -43,7 +43,7 @@ class ConstantPlace(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One entry point. ``file``: its file's name below the root ``program-<id>``. ``mutated``: constants that calls write to."""
+    """One entry point. ``file``: its file's name below the root ``program_<id>``. ``mutated``: constants that calls write to."""
 
     path: str
     signature: Signature
@@ -84,7 +84,7 @@ def options_digest(export: Export) -> str:
 
 def consumer_of(identity: str) -> str:
     """The consumer of the segments that only this program needs; also the root of its files."""
-    return f"program-{identity}"
+    return f"program_{identity}"
 
 
 def to_json(program: Program) -> dict[str, Any]:

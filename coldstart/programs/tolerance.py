@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coldstart.programs.signature import framework_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,7 +22,7 @@ ANSWERS = "float32"
 
 
 def array_difference(expected: Any, got: Any, limit: float) -> str:
-    """ "" if two numpy arrays agree, else how they differ. NaN agrees with NaN, and an infinity with itself."""
+    """How two numpy arrays differ; "" if they agree. NaN agrees with NaN, and an infinity with itself."""
     import numpy as np
 
     if expected.dtype != got.dtype or expected.shape != got.shape:
@@ -38,6 +40,21 @@ def array_difference(expected: Any, got: Any, limit: float) -> str:
     if distance <= limit * max(1.0, largest):
         return ""
     return f"is off by {distance:.3g} (largest value {largest:.3g}, allowed {limit * max(1.0, largest):.3g})"
+
+
+def plain(value: Any) -> Any:
+    """An answer as JSON values; what has no such form becomes its type's name, and is compared by that."""
+    from coldstart.programs.calls import as_numpy
+
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if framework_of(value):
+        return plain(as_numpy(value).tolist())
+    return value.hex() if isinstance(value, bytes) else type(value).__name__
 
 
 def answer_difference(expected: Any, got: Any, limit: float, place: str = "answer") -> str:

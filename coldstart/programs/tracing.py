@@ -42,29 +42,41 @@ def trace(point: EntryPoint, calls: Sequence[Call], given: Mapping[str, Mapping[
     example = _enlarged(max(calls, key=lambda call: sum(array.numel() for array in call.arrays)), calls, free)
     module = flat_module(point, calls[0].structure)
     exported = _exported(module, example, free, point.path)
-    return Traced(exported, _signature(point, calls, free, exported, module.results))
+    results = _results_structure(point, calls[0].structure, example)
+    return Traced(exported, _signature(point, calls, free, exported, results))
 
 
 def flat_module(point: EntryPoint, structure: Any) -> Any:
-    """The entry point as a module of flat tensors. ``results`` is the structure of what it gave last."""
+    """The entry point as a module of flat tensors, in and out."""
     import torch
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.results: Any = None
             owner = getattr(point.function, "__self__", point.function)
             if isinstance(owner, torch.nn.Module):
                 self.owner = owner
 
         def forward(self, *leaves: Any) -> Any:
-            named = put_together(structure, leaves)
-            by_name = not any(name.startswith("argument_") for name in named)
-            result = point.function(**named) if by_name else point.function(*named.values())
-            self.results, arrays = taken_apart(result, "", entry=point.path)
+            _, arrays = taken_apart(_called(point, structure, leaves), "", entry=point.path)
             return tuple(array for _, array in arrays)
 
     return Flat().eval()
+
+
+def _called(point: EntryPoint, structure: Any, leaves: Sequence[Any]) -> Any:
+    named = put_together(structure, leaves)
+    by_name = not any(name.startswith("argument_") for name in named)
+    return point.function(**named) if by_name else point.function(*named.values())
+
+
+def _results_structure(point: EntryPoint, structure: Any, example: Sequence[Any]) -> Any:
+    """The structure of what the entry point gives. Not noted while it is traced: torch undoes what happens meanwhile."""
+    import torch
+
+    with torch.no_grad():
+        found, _ = taken_apart(_called(point, structure, example), "", entry=point.path)
+    return found
 
 
 def _free_dimensions(calls: Sequence[Call], given: Mapping[str, Mapping[int, tuple[int, int]]], path: str) -> _Ranges:
@@ -213,10 +225,8 @@ def _size(size: Any, limits: dict[str, tuple[int, int]], exported: Any) -> int |
 
 
 def _bound(value: Any, otherwise: int) -> int:
-    try:
-        return int(value)
-    except (TypeError, OverflowError, ValueError):  # an infinity of sympy
-        return otherwise
+    text = str(value)  # sympy's infinities take no int()
+    return int(text) if text.isdigit() else otherwise
 
 
 def _limits(
