@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coldstart import proof
+from coldstart.errand import Origin
 from coldstart.errors import ProofError
 from coldstart.manifest import ref_from_json
-from coldstart.errand import Origin
 from coldstart.proof import Proof
 from coldstart.repository import Repository
 from coldstart.stores import open_store

@@ -119,6 +119,7 @@ def _capture_wait_seconds() -> float:
 
 def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
     offset = worker.timeline.clock() - time.monotonic()
+    captures = [outcome._asdict() for outcome in answers.outcomes]
     nothing = {"published": False, "reason": worker.capture_reason}
     return {
         "output": _plain(answers.first),
@@ -127,7 +128,8 @@ def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
         "first_answer_seconds": round(answers.first_monotonic_seconds + offset, 6),
         "start": worker.record,
         "warm_seconds": answers.warm_seconds,
-        "capture": answers.outcomes[0]._asdict() if answers.outcomes else nothing,
+        "capture": captures[0] if captures else nothing,
+        "captures": captures or [nothing],
         "metrics": worker.metrics.to_dict(),
     }
 
