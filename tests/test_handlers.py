@@ -308,6 +308,7 @@ def test_sentences_restores_from_a_snapshot_without_the_hub(tmp_path):
             documents.append(json.loads(text))
             requests.append(len(hub.requests))
     assert [document["start"]["kind"] for document in documents] == ["cold", "restored"]
+    assert documents[1]["start"]["rung"] == "files"
     assert documents[0]["output"] == documents[1]["output"]
     assert len(documents[0]["output"][0]) == 384
     assert requests[0] > 0
