@@ -17,6 +17,7 @@ import pytest
 
 from coldstart.frameworks import meta
 from tests.hub import serving
+from tests.starts import CAPTURE_WAIT
 
 ROOT = Path(__file__).parent.parent
 HANDLERS = ROOT / "handlers"
@@ -80,7 +81,7 @@ def in_process(*command, **environment):
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **CAPTURE_WAIT, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -19,6 +19,7 @@ from coldstart.bench.rounds import scenarios_of
 from coldstart.bench.summary import summarise
 from coldstart.bench.target import read_target
 from coldstart.bench.trial import run_trial
+from tests.starts import CAPTURE_WAIT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,7 +40,7 @@ INSTALLS = ['pip install -e ".[demo]" && coldstart bench handlers/minilm.py', 'p
 
 def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """A command in ``folder``, with its output; this checkout is importable, logs are off."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), COLDSTART_LOG="off", **variables)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), COLDSTART_LOG="off", **CAPTURE_WAIT, **variables)
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
@@ -166,7 +167,8 @@ def test_the_main_job_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     parser = argparse.ArgumentParser()
     import_module("coldstart.cli.bench").add_parser(parser.add_subparsers())
     arguments = parser.parse_args(shlex.split(INSTALLS[0].split("&& ")[1])[1:])
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name, value in {"PYTHONPATH": str(ROOT), **CAPTURE_WAIT}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(ROOT)
     target = read_target(arguments.handler, input_text=arguments.input, ordinary=arguments.ordinary)
     assert scenarios_of(target) == ("ordinary", "naive", "first", "restored")
