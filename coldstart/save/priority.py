@@ -47,6 +47,8 @@ def give_way(pid: int = 0) -> None:
 
 
 def lower_priority() -> None:
-    """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
+    """Let this thread wait for those that serve, more than it does already (Linux: a thread has a priority of its own)."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS_OF_THREADS)
+        thread = threading.get_native_id()
+        niceness = max(_NICENESS_OF_THREADS, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
