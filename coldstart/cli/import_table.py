@@ -66,7 +66,7 @@ def _phase_rows(document: Mapping[str, Any]) -> list[Row]:
 
 def _owner_rows(imports: Mapping[str, Any]) -> list[Row]:
     names = {**OWNERS, HANDLER: f"the handler's module ({imports['handler']}) and what it imports"}
-    rows = [(INTERPRETER, _ms(imports["began_seconds"]))]
+    rows: list[Row] = [(INTERPRETER, _ms(imports["began_seconds"]))]
     return rows + [(names[owner], _ms(seconds)) for owner, seconds in imports["owners"].items()]
 
 
@@ -74,15 +74,13 @@ def _compiled(imports: Mapping[str, Any]) -> list[str]:
     count = sum(module["compiled"] for module in imports["modules"])
     if not count:
         return []
-    return [
-        f"  {count} of the modules had no bytecode and were compiled first. Let it be written (unset PYTHONDONTWRITEBYTECODE),"
-        " or run python -m compileall when the image is built."
-    ]
+    remedy = "let it be written (unset PYTHONDONTWRITEBYTECODE), or run python -m compileall when the image is built"
+    return [f"  {count} of the modules had no bytecode and were compiled first: {remedy}"]
 
 
 def _package_rows(imports: Mapping[str, Any]) -> list[Row]:
     shown, rest = imports["packages"][:SHOWN], imports["packages"][SHOWN:]
-    rows = [
+    rows: list[Row] = [
         (each["name"], each["owner"], _ms(each["own_seconds"]), _ms(each["seconds"]), str(each["modules"]))
         for each in shown
     ]

@@ -58,7 +58,9 @@ def write_trace(path: str, document: Mapping[str, Any]) -> None:
 
 
 def _unwritable(path: str, error: OSError) -> UsageError:
-    return UsageError(f"--trace {path} cannot be written ({error.strerror}): give a file in a folder that can be written to")
+    return UsageError(
+        f"--trace {path} cannot be written ({error.strerror}): give a file in a folder that can be written to"
+    )
 
 
 def trace_of(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,9 +101,7 @@ def _events(document: Mapping[str, Any]) -> list[Event]:
     for span in start["spans"]:
         process, track = (FETCH, "fetch") if span["track"] == "fetch" else (WORKER, _track(span["track"]))
         details = dict(start["bytes"]) if span["name"] == "fetch" else {}
-        found.append(
-            Event(process, track, span["name"], "span", span["began_seconds"], span["ended_seconds"], details)
-        )
+        found.append(Event(process, track, span["name"], "span", span["began_seconds"], span["ended_seconds"], details))
     answered = document["first_answer_seconds"]
     found.append(Event(WORKER, "phases", "first answer", "span", start["ready_seconds"], answered, {}))
     if imports is not None:
@@ -138,22 +138,24 @@ def _import_events(imports: Mapping[str, Any]) -> list[Event]:
 
 def _in_lanes(events: Iterable[Event]) -> list[tuple[Event, int]]:
     """Each event with its lane of its track: what overlaps without lying in one another takes another lane."""
-    lanes: dict[tuple[int, str], list[list[float]]] = {}
+    lanes: dict[tuple[int, str], list[list[int]]] = {}
     placed = []
     for event in sorted(events, key=lambda event: (_us(event.began_seconds), -_us(event.ended_seconds))):
         began, ended = _us(event.began_seconds), _us(event.ended_seconds)
-        open_ends = lanes.setdefault((event.process, event.track), [])
-        for lane, ends in enumerate(open_ends):
-            while ends and ends[-1] <= began:
-                ends.pop()
-            if not ends or ended <= ends[-1]:
-                break
-        else:
-            lane, ends = len(open_ends), []
-            open_ends.append(ends)
-        ends.append(ended)
+        stacks = lanes.setdefault((event.process, event.track), [])
+        lane = next((place for place, ends in enumerate(stacks) if _fits(ends, began, ended)), len(stacks))
+        if lane == len(stacks):
+            stacks.append([])
+        stacks[lane].append(ended)
         placed.append((event, lane))
     return placed
+
+
+def _fits(ends: list[int], began: int, ended: int) -> bool:
+    """Whether an event that is next by its beginning lies within what is still open in a lane, or after all of it."""
+    while ends and ends[-1] <= began:
+        ends.pop()
+    return not ends or ended <= ends[-1]
 
 
 def _complete(event: Event, threads: dict[tuple[int, str, int], int], lane: int) -> dict[str, Any]:

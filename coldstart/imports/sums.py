@@ -22,7 +22,7 @@ RUNTIMES = frozenset({"cupy", "numpy", "onnxruntime", "torch"})
 
 
 class Module(NamedTuple):
-    """One import with its ``own_seconds``: without what it imported itself. ``outermost``: nothing of its package is around it."""
+    """One import. ``own_seconds``: without what it imported itself; ``outermost``: nothing of its package is around it."""
 
     load: Load
     owner: str

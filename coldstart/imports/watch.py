@@ -111,7 +111,8 @@ class ImportWatch:
 
         def create_module(spec: Any) -> Any:
             found, at = self._found.pop(get_ident(), (None, 0.0))
-            began.append(at if found is spec else time.monotonic())  # one may look for a module and import it much later
+            is_now = found is spec  # one may look for a module and import it much later
+            began.append(at if is_now else time.monotonic())
             return create(spec)
 
         def exec_module(module: Any) -> None:
