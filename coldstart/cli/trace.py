@@ -127,7 +127,11 @@ def _import_events(imports: Mapping[str, Any]) -> list[Event]:
             "import",
             module["began_seconds"],
             module["ended_seconds"],
-            {"counted to": OWNERS[module["owner"]], "imported by": module["importer"]},
+            {
+                "counted to": OWNERS[module["owner"]],
+                "imported by": module["importer"],
+                "bytecode": "none: compiled first" if module["compiled"] else "there",
+            },
         )
         for module in modules
     ]
