@@ -27,6 +27,7 @@ from coldstart.errors import (
 )
 from coldstart.program_making import ProgramMaking
 from coldstart.programs.placing import place
+from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
 from coldstart.refusals import note_refusal, refusal
 from coldstart.save import IN_THREAD
@@ -271,7 +272,7 @@ class Resnapshot:
                 repository,
                 began,
                 f"a program ({wish.backend}) for this platform",
-                ProgramProof(folder, wish.answers, wish.tolerance),
+                ProgramProof(folder, wish.answers, limit_of(placed.program.entries, wish.tolerance)),
             )
             return outcome._replace(program=wish.backend)
 

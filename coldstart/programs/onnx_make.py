@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ExportError
@@ -68,20 +69,20 @@ def _export(exported: Any, target: Path) -> None:
 
 def _optimise(plain: Path, target: Path, weights: str) -> None:
     """Have the runtime write the graph as it would run it here."""
-    import onnxruntime
+    runtime: Any = import_module("onnxruntime")
 
-    options = onnxruntime.SessionOptions()
+    options = runtime.SessionOptions()
     options.log_severity_level = (
         3  # one level down is a warning that the graph fits this processor: the platform says so
     )
     options.optimized_model_filepath = str(target)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INSIDE_BYTES)
     )
     try:
-        onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+        runtime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions have no common class
         raise ExportError(f"ONNX Runtime refuses its graph: {obstacle(error)}") from error
 
