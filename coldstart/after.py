@@ -75,6 +75,11 @@ class AfterReady:
         from coldstart.save.priority import lower_priority
 
         lower_priority()
+        if not self._parts.is_proof:  # a proof does so itself once it has answered
+            self.keep_segments()
+
+    def keep_segments(self) -> None:
+        """Write flat files of what was fetched, between events."""
         with suppress(StoreError):  # the store cannot even be opened any more: then there is no place for flat files
             self._parts.keep_segments(pace=lambda: self._idle(0.0), stop=self._stopping)
 

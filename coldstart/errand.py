@@ -1,7 +1,8 @@
 """Errands of a worker: a fresh process starts the same handler from one generation, does something, and tells the result.
 
 The child is ``coldstart prove`` or ``coldstart make-program``, given the handler's file and a manifest's key. It writes
-nothing to the store, gives way to the worker, and ends when its standard input does, so it never outlives the worker.
+nothing to the store but flat files beside it, gives way to the worker, and ends when its standard input does, so it never
+outlives the worker.
 """
 
 from __future__ import annotations

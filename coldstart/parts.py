@@ -276,6 +276,11 @@ class Parts:
         return Path(self._services.settings.files_folder)
 
     @property
+    def is_proof(self) -> bool:
+        """Whether this start proves a generation, with nothing to fall back on."""
+        return bool(self._services.pinned)
+
+    @property
     def is_fresh(self) -> bool:
         """Whether everything is to be made anew."""
         return self._services.settings.fresh
@@ -454,7 +459,7 @@ class Parts:
     def keep_segments(self, *, pace: Callable[[], None], stop: threading.Event) -> None:
         """Write the flat files of what was fetched, so that the next worker of this host maps them. Raises StoreError."""
         for part in self.parts:
-            if part.restored is not None and part.kind == "restored" and not self._services.pinned:
+            if part.restored is not None and part.kind == "restored":
                 keep_segments(
                     part.restored.manifest,
                     self.open_repository().store,

@@ -334,6 +334,11 @@ class Worker(Answering):
         assert self._parts is not None
         return self._parts.parts[0]
 
+    def keep_segments(self) -> None:
+        """Write flat files of what was restored, for the next worker of this host."""
+        if self._after is not None:
+            self._after.keep_segments()
+
     def capture_outcomes(self, seconds: float) -> list[Outcome]:
         """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""
         return self._after.outcomes(seconds) if self._after is not None else []

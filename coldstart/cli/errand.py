@@ -14,6 +14,7 @@ from coldstart.save.priority import follow_parent
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from coldstart.programs.recording import Recorder
     from coldstart.worker import Worker
@@ -60,8 +61,11 @@ def _end_with_parent() -> None:
 
 
 def _prove(spec: dict[str, Any]) -> dict[str, Any]:
-    """Start from the pinned generation and answer the warm-up inputs twice."""
-    worker = _started(spec, cases=spec["cases"])
+    """Start from the pinned generation and answer the warm-up inputs twice.
+
+    What it has in memory then is what the next start of this host maps, if the store is a folder.
+    """
+    worker = _started(spec, cases=spec["cases"], then=lambda worker: worker.keep_segments())
     digests = [list(digests) for digests in worker.warmup.digests] or [[], []]
     return {"digests": digests, "answers": worker.warmup.answers}
 
@@ -88,8 +92,14 @@ def _make_program(spec: dict[str, Any]) -> dict[str, Any]:
     return {"cases": count}
 
 
-def _started(spec: dict[str, Any], *, recorder: Recorder | None = None, cases: str = "") -> Worker:
-    """The handler's worker in this process, ready."""
+def _started(
+    spec: dict[str, Any],
+    *,
+    recorder: Recorder | None = None,
+    cases: str = "",
+    then: Callable[[Worker], None] = lambda _: None,
+) -> Worker:
+    """The handler's worker in this process; it was ready, has done what was to be done ``then``, and is closed."""
     from coldstart.loading import Target, choose_handler, import_file
     from coldstart.registry import begin_early, enter_serving, worker_for
 
@@ -102,5 +112,5 @@ def _started(spec: dict[str, Any], *, recorder: Recorder | None = None, cases: s
     worker = worker_for(handler.__coldstart__)
     from coldstart.adapters.local import on_one_loop
 
-    on_one_loop(worker, lambda: None)
+    on_one_loop(worker, lambda: then(worker))
     return worker
