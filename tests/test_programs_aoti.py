@@ -331,6 +331,7 @@ def test_a_missing_compiler_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_generating_example_says_the_same_token_by_token(tmp_path, monkeypatch):
     """Prefill and decode, two packages over one set of constants, give eager's tokens on prompts of many lengths."""
     from coldstart.programs.aoti_make import make

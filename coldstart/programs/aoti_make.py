@@ -136,7 +136,8 @@ def _in_c_order(module: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _sharing(name: str, memory: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    return sorted(other for other, place in memory.items() if place[0] == memory[name][0])
+    storage = memory[name][0]  # 0: there are no elements
+    return sorted(other for other, place in memory.items() if storage and place[0] == storage)
 
 
 def _check_memory(name: str, memory: Mapping[str, tuple[Any, ...]]) -> None:
