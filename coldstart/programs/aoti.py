@@ -97,8 +97,10 @@ class _Package:
 
     def __init__(self, torch: Any, loader: Any, held: Mapping[str, Any], inputs: int, outputs: int) -> None:
         self._no_grad = torch.no_grad
+        self._c_order = torch.contiguous_format
         self._run = loader.run
         self._held = held
+        self._addresses = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
         self._inputs = inputs
         self._outputs = outputs
 
@@ -113,7 +115,12 @@ class _Package:
             raise ProgramError(f"the program failed: {_first_line(error)}") from error
         if len(results) != self._outputs:
             raise ProgramError(f"the program gave {len(results)} arrays instead of {self._outputs}")
-        return [result.contiguous() for result in results]
+        return [self._own(result) for result in results]
+
+    def _own(self, result: Any) -> Any:
+        """The result in C order, and a copy of one that is a view of a constant: the next call may write to that."""
+        is_view = result.untyped_storage().data_ptr() in self._addresses
+        return result.clone(memory_format=self._c_order) if is_view else result.contiguous()
 
 
 def installed_version() -> tuple[str, str]:

@@ -45,11 +45,9 @@ def make(exported: ExportedProgram, *, file: Path, scratch: Path, threads: int =
 
 
 def _made(exported: ExportedProgram, file: Path, scratch: Path, threads: int) -> Made:
-    mutated = _mutated(exported)
     module = exported.module(check_guards=False)
     memory = _in_c_order(module)
-    for name in mutated:
-        _check_memory(name, memory)
+    mutated = _mutated(exported, memory)
     kept = _compiled(module, exported.example_inputs, file, scratch, threads)
     constants = tuple(_constant(name, tensor) for name, (tensor, _) in kept.items())
     return Made(file, constants, frozenset(_kept_name(name, memory, kept) for name in mutated))
@@ -73,19 +71,27 @@ def _check_arrays(exported: ExportedProgram) -> None:
                 )
 
 
-def _mutated(exported: ExportedProgram) -> set[str]:
+def _mutated(exported: ExportedProgram, memory: Mapping[str, tuple[Any, ...]]) -> set[str]:
     """Names of the buffers that a call writes to.
 
     Only the functional form of the program tells: as it was exported, a write is one operator among others.
     """
-    signature = exported.run_decompositions({}).graph_signature
+    try:
+        signature = exported.run_decompositions({}).graph_signature
+    except AssertionError:  # torch's own word for a write to memory that has two names
+        for name in memory:
+            _check_memory(name, memory)
+        raise
     if signature.user_inputs_to_mutate:
         written = ", ".join(sorted(set(signature.user_inputs_to_mutate.values())))
         raise ExportError(
             f"the entry point writes to its argument {written}, and the caller's array would not show it: return it as"
             " a result, or keep it in a buffer (register_buffer)"
         )
-    return set(signature.buffers_to_mutate.values())
+    mutated = set(signature.buffers_to_mutate.values())
+    for name in mutated:
+        _check_memory(name, memory)
+    return mutated
 
 
 # --- constants -------------------------------------------------------------------------------------------------------
@@ -130,16 +136,17 @@ def _in_c_order(module: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def _sharing(name: str, memory: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    return sorted(other for other, place in memory.items() if place[0] == memory[name][0])
+    storage = memory[name][0]  # 0: there are no elements
+    return sorted(other for other, place in memory.items() if storage and place[0] == storage)
 
 
 def _check_memory(name: str, memory: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ExportError where other constants are views of the memory that calls write to: each would be a copy."""
+    """Raises ExportError where other constants are views of the same memory, which calls write to: each would be a copy."""
     others = [other for other in _sharing(name, memory) if memory[other] != memory[name]]
     if others:
         raise ExportError(
-            f"the entry point writes to {name}, which shares its memory with {', '.join(others)}: a program would have"
-            " two copies; give each memory of its own (clone()), or keep one and take views of it in the call"
+            f"the entry point writes to memory that {name} shares with {', '.join(others)}: a program would have two"
+            " copies; give each memory of its own (clone()), or keep one and take views of it in the call"
         )
 
 
