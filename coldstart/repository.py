@@ -179,14 +179,18 @@ class Repository:
         One older than half the collection's grace could be an orphan whose time is nearly up (the other half is room
         for captures that take hours). Writing it again makes it young.
         """
-        return self.blob_age_seconds(blob, length_bytes) < self.margins.grace_seconds / 2
+        return self.is_young(self.blob_age_seconds(blob, length_bytes))
 
-    def blob_age_seconds(self, blob: str, length_bytes: int) -> float:
-        """Seconds since a blob was last written, by the store's clock; infinite if none of this length is there."""
+    def is_young(self, age_seconds: float | None) -> bool:
+        """Whether a blob of this age may be relied on; None is that of one that is not there."""
+        return age_seconds is not None and age_seconds < self.margins.grace_seconds / 2
+
+    def blob_age_seconds(self, blob: str, length_bytes: int) -> float | None:
+        """Seconds since a blob was last written, by the store's clock; None if none is there, infinite for another length."""
         try:
             info = self.store.head(blob_key(blob))
         except ObjectMissingError:
-            return float("inf")
+            return None
         return self.time.now() - info.modified_seconds if info.size_bytes == length_bytes else float("inf")
 
     def put_manifest(self, manifest: Manifest) -> str:

@@ -1,7 +1,9 @@
 """Making a new generation, off the request path: when, and in which order.
 
-The order: wait for an idle moment, see that no event has changed the weights, write blobs and manifest, prove the
-generation in a fresh process, move the ref. Any failure ends here as an event and a reason; it never reaches a request.
+The order: wait for an idle moment, see that no event has changed the weights, take the snapshot's lease, write blobs and
+manifest, prove the generation in a fresh process, look at what is stored, move the ref. Any failure ends here as an event and
+a reason; it never reaches a request. Who does not get the lease leaves the capture to who has it, and asks again when that is
+over, if the snapshot is still missing then.
 
 A restored worker that is to make none does not import this module, nor what it stands on.
 """
@@ -17,6 +19,7 @@ from coldstart import events
 from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
 from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateChangedError, StoreError
+from coldstart.leases import Held, hold
 from coldstart.proof import Proof
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from coldstart.capture import Capture, Written
     from coldstart.frameworks import Survey
+    from coldstart.leases import Holding
     from coldstart.metrics import Transfers
     from coldstart.proof import Origin
     from coldstart.repository import Lookup, Repository
@@ -114,6 +118,9 @@ class Resnapshot:
         self._saving = saving
         self._proof: Proof | None = None
         self._writing: Writing | None = None
+        self._holding: Holding | None = None
+        self._postponed: list[tuple[float, Plan]] = []
+        """Plans that another worker is at, each with the moment when to ask again."""
         self._stopping = threading.Event()
         self._stop_seconds = 0.0
         """The moment when what is under way has to be over, once ``stop`` was called."""
@@ -142,11 +149,19 @@ class Resnapshot:
                 self._attempt(plan)
         self._first_done.set()
         due = [_Due(plan, self._policy, self._served()) for plan in self._plans]
-        while self._policy != Policy() and not self._stopping.wait(POLL_SECONDS):
+        while (self._policy != Policy() or self._postponed) and not self._stopping.wait(POLL_SECONDS):
+            self._attempt_postponed()
             for condition in due:
                 if condition.is_met(self._served()):
                     self._attempt(condition.plan)
                     condition.restart(self._served())
+
+    def _attempt_postponed(self) -> None:
+        now = time.monotonic()
+        due = [plan for when, plan in self._postponed if when <= now]
+        self._postponed = [(when, plan) for when, plan in self._postponed if when > now]
+        for plan in due:
+            self._attempt(plan)
 
     def _attempt(self, plan: Plan) -> None:
         began = time.monotonic()
@@ -162,6 +177,9 @@ class Resnapshot:
 
     def _end_writing(self) -> None:
         """After a failure other puts may be under way: one that is cut off leaves a temporary file in a folder."""
+        holding, self._holding = self._holding, None
+        if holding is not None:
+            holding.end()
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.saver.stop()
@@ -176,12 +194,17 @@ class Resnapshot:
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
         capture = _with_parent(plan.capture, replaces, repository)
-        reason = "no usable snapshot" if plan.due_at_once else "policy"
-        self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self._stopping
         )
         saver = self._writing.saver
+        taken = hold(saver.repository, capture.name)
+        if isinstance(taken, Held):
+            return self._postpone(plan, taken, saver.engine)
+        self._holding = taken
+        _check_current(repository, capture, replaces)
+        reason = "no usable snapshot" if plan.due_at_once else "policy"
+        self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         with self._between_events(saver.group):
             written = self._writing.write(self._pace)
         self._check_unchanged(plan)
@@ -191,8 +214,17 @@ class Resnapshot:
         compared = self._proof.run(capture.warmup_digests)
         if self._stopping.is_set():
             return Outcome.none("the worker ended before the generation was published", saver.engine)
+        self._writing.confirm(written)
         saver.repository.publish(written.manifest, written.manifest_key, replaces=replaces)
         return self._published(written, time.monotonic() - began, "" if compared else NOT_COMPARED, saver.engine)
+
+    def _postpone(self, plan: Plan, held: Held, engine: str) -> Outcome:
+        """Leave a capture to who has the lease. What a policy asks for is not asked for again."""
+        reason = f"{held.owner} captures this snapshot"
+        if plan.due_at_once:
+            self._postponed.append((time.monotonic() + held.retry_seconds(), plan))
+        self._bus.publish(events.CaptureSkipped(plan.capture.name, reason))
+        return Outcome.none(reason, engine)
 
     @contextmanager
     def _between_events(self, group: int) -> Iterator[None]:
@@ -235,6 +267,8 @@ class Resnapshot:
         """Between two chunks: give way to events for a moment, and end when the worker does."""
         if self._stopping.is_set():
             raise CaptureError(STOPPED)
+        if self._holding is not None:
+            self._holding.keep()
         self._idle(0.0)
 
     def _check_unchanged(self, plan: Plan) -> None:
@@ -282,13 +316,25 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     """
     parent, parent_key = None, ""
     known = replaces.ref or replaces.newest
+    if replaces.ref is None and known is not None and known.key.digest == capture.key.digest:
+        known = None  # of a deleted snapshot, whose blobs are the collector's
     if known is not None:
         try:
             parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
         except (StoreError, ManifestError):
             parent, parent_key = None, ""
-    generation = (replaces.ref.generation if replaces.ref else 0) + 1
+    generation = repository.next_generation(capture.name, capture.key, replaces.ref)
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
+
+
+def _check_current(repository: Repository, capture: Capture, replaces: Lookup) -> None:
+    """Whoever had the lease before may have published. Raises StateChangedError then: nothing need be written."""
+    current = repository.look_up(capture.name, capture.key).ref
+    if current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest):
+        raise StateChangedError(
+            f"another worker published snapshot {capture.name!r} meanwhile; its generation is kept",
+            snapshot=capture.name,
+        )
 
 
 def marks_of(survey: Survey) -> dict[str, Any]:

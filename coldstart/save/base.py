@@ -66,7 +66,7 @@ class Task(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """How a chunk is stored. ``is_written``: it was not there before."""
+    """How a chunk is stored. ``is_written``: it was not there before, or ``is_renewed``: it was, and too old to rely on."""
 
     raw_hash: str
     codec: str
@@ -74,6 +74,7 @@ class Saved(NamedTuple):
     blob: str
     stored_bytes: int
     is_written: bool
+    is_renewed: bool = False
 
 
 class Saver(ABC):

@@ -82,13 +82,15 @@ class Stage:
         if len(stored) >= len(raw):
             codec, stored, parameters = "raw", raw, {}
         blob = hash_of(stored)
-        is_written = self._is_first(blob) and not (
-            self._terms.relies_on_stored and self._repository.has_blob(blob, len(stored))
-        )
-        if is_written:
-            self._rate.wait(len(stored))
-            self._repository.put_blob(blob, stored, rely_on_stored=False)
-        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=is_written)
+        if not self._is_first(blob):
+            return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)
+        age_seconds = self._repository.blob_age_seconds(blob, len(stored))
+        if self._terms.relies_on_stored and self._repository.is_young(age_seconds):
+            return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)
+        self._rate.wait(len(stored))
+        self._repository.put_blob(blob, stored, rely_on_stored=False)
+        is_renewed = age_seconds is not None and not self._repository.is_young(age_seconds)
+        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=True, is_renewed=is_renewed)
 
     def _is_first(self, blob: str) -> bool:
         """Whether no other chunk of this generation is stored as these bytes. If storing that one fails, all of it does."""
