@@ -67,14 +67,14 @@ class Encoding(NamedTuple):
 class Written(NamedTuple):
     """A generation that is complete in the store and not current yet.
 
-    ``renewed``: blobs that were there and too old to rely on, so they were written again.
+    ``unsettled``: blobs that a collector may have decided to delete just before; see ``Writing.confirm``.
     """
 
     manifest: Manifest
     manifest_key: str
     written_bytes: int
     reused_bytes: int
-    renewed: int = 0
+    unsettled: frozenset[str] = frozenset()
 
 
 class _Source(NamedTuple):
@@ -128,7 +128,8 @@ class Writing:
         written_bytes = sum(found.stored_bytes for found in saved if found.is_written)
         reused_bytes = sum(found.stored_bytes for found in saved if not found.is_written)
         self._written_seconds = time.monotonic()
-        return Written(manifest, key, written_bytes, reused_bytes, sum(found.is_renewed for found in saved))
+        unsettled = frozenset(found.blob for found in saved if not found.is_settled)
+        return Written(manifest, key, written_bytes, reused_bytes, unsettled)
 
     def confirm(self, written: Written) -> None:
         """Look at what was written once more, just before the ref moves; see ``coldstart.commit``, and its errors.
@@ -136,9 +137,10 @@ class Writing:
         Raises CaptureError once ``stopping`` is set.
         """
         repository = self.saver.repository
-        if written.renewed:
+        parent = self._capture.parent  # was published, so it was settled then
+        if written.unsettled - {chunk.blob for chunk in (parent.chunks if parent else ())}:
             since_seconds = time.monotonic() - self._written_seconds
-            if self._stopping.wait(max(0.0, repository.margins.settle_seconds - since_seconds)):
+            if self._stopping.wait(max(0.0, repository.settle_seconds - since_seconds)):
                 raise CaptureError(STOPPED)
         replaced = self._capture.parent if _is_replaced(self._capture) and not self._capture.mends else None
         confirm(repository, written.manifest, written.manifest_key, replaced=replaced)

@@ -14,9 +14,10 @@ In this order, with one look at the store's clock before all else:
 by the generation that it replaced, which was live in step 2 or was itself published after it; or written, or found
 younger than half the grace, by the capture, and younger than three quarters of it at the last look (``coldstart.commit``).
 Nothing of that was written before the grace began. What is left is a blob that was old, and is written again between a
-collector's second look and its deletion: the capture looks again ``Margins.settle_seconds`` later, and is made again if it
-is gone. So one thing is assumed of time: a deletion that is asked for takes effect, or never does, within two minutes. It is
-asked for once, and not again if the answer is lost: the next collection finds what is left.
+collector's second look and its deletion: a store of this machine looks and deletes in one step; elsewhere the capture looks
+again ``Margins.settle_seconds`` later, and is made again if it is gone. So one thing is assumed of time: a deletion that is
+asked for takes effect, or never does, within two minutes. It is asked for once, and not again if the answer is lost: the
+next collection finds what is left.
 """
 
 from __future__ import annotations
@@ -191,15 +192,23 @@ class _Collection:
             went(info.size_bytes)
             return
         try:
-            if looks_again and not self._is_old(self._once.head(info.key)):
+            if not self._is_gone(info, looks_again):
                 return
-            self._once.delete(info.key)
         except ObjectMissingError:
             return
         except StoreTransientError:
             self._left += 1
             return
         went(info.size_bytes)
+
+    def _is_gone(self, info: ObjectInfo, looks_again: bool) -> bool:  # noqa: FBT001
+        delete_older: Callable[[str, float], bool] | None = getattr(self._once, "delete_older", None)
+        if delete_older is not None:
+            return delete_older(info.key, self._now if not looks_again else self._before)
+        if looks_again and not self._is_old(self._once.head(info.key)):
+            return False
+        self._once.delete(info.key)
+        return True
 
     def _drop_flat_files(self, live: _Live) -> int:
         flat_files = getattr(self._store, "flat_files", None)

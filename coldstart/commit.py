@@ -7,8 +7,9 @@ Three things are asked of the store, and none of the copies that this host may h
   that takes most of a day, which then has to be made again;
 - the bytes of some of those blobs, chosen by chance: one in a hundred bytes, one blob at least.
 
-A blob that was old when it was written again may have been on a collector's list at that moment. So whoever has written
-such a blob looks ``Margins.settle_seconds`` later, when a deletion that was decided before has taken effect.
+A blob that was old when it was written again, by this capture or by another one a moment ago, may have been on a
+collector's list at that moment. Whoever relies on such a blob, and on no generation that was published with it, looks
+``Margins.settle_seconds`` later, when a deletion that was decided before has taken effect.
 """
 
 from __future__ import annotations

@@ -70,8 +70,9 @@ _SWAPS = 5
 class Margins(NamedTuple):
     """Times that writers and collectors of one store agree on.
 
-    ``settle_seconds``: within this a deletion that the collector decided has taken effect; who wrote an old blob anew
-    looks at it that much later. ``ref_interval_seconds``: between two writes of one ref, which a bucket may limit.
+    ``settle_seconds``: within this a deletion that the collector decided has taken effect; who relies on a blob that may
+    be one of those looks at it that much later. ``ref_interval_seconds``: between two writes of one ref, which a bucket may
+    limit.
     """
 
     grace_seconds: float = COLLECTION_GRACE_SECONDS
@@ -108,6 +109,7 @@ class Repository:
         self._clock = clock
         self._unique = unique
         self._sleep = sleep
+        self._is_local = store.url.startswith(("file:", "memory:"))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -185,6 +187,21 @@ class Repository:
         """Whether a blob of this age may be relied on; None is that of one that is not there."""
         return age_seconds is not None and age_seconds < self.margins.grace_seconds / 2
 
+    def is_settled(self, age_seconds: float | None) -> bool:
+        """Whether a blob of this age, before it was written again if it was, cannot be one that is being deleted.
+
+        One that is new cannot, nor one that was young for longer than a deletion is under way. One that was written a
+        moment ago may have been old before that. Folders are told apart by nothing: see ``delete_older`` of their store.
+        """
+        if age_seconds is None or not self.settle_seconds:
+            return True
+        return self.settle_seconds <= age_seconds and self.is_young(age_seconds)
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long to wait before looking at a blob that is not settled; 0 where the store deletes by age in one step."""
+        return 0.0 if self._is_local else self.margins.settle_seconds
+
     def blob_age_seconds(self, blob: str, length_bytes: int) -> float | None:
         """Seconds since a blob was last written, by the store's clock; None if none is there, infinite for another length."""
         try:
@@ -260,7 +277,7 @@ class Repository:
 
     def _wait_for_turn(self, before: Ref | Tombstone | None) -> None:
         """Write a ref of a bucket not sooner than a second after its last write, which would be refused (429)."""
-        interval = 0.0 if self.store.url.startswith(("file:", "memory:")) else self.margins.ref_interval_seconds
+        interval = 0.0 if self._is_local else self.margins.ref_interval_seconds
         if before is not None and interval:
             since = self._clock() - before.updated_seconds
             self._sleep(min(interval, max(0.0, interval - since)))

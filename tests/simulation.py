@@ -120,7 +120,7 @@ class World:
         self.acknowledged: list[str] = []
         self.collected = 0
         self.lost = 0
-        self.renewed = 0
+        self.unsettled = 0
         self._numbers: dict[int, str] = {}
         self._slot: Any = None
         self._actors: list[Actor] = []
@@ -258,6 +258,9 @@ class SimulatedStore(Store):
         return self._call(lambda: self._put(key, copied, if_absent=if_absent, if_match=if_match))
 
     def delete(self, key: str) -> None:
+        """May be on its way for long, though less than writers wait who had written the object again meanwhile."""
+        if self._world.random.random() < 0.3:
+            self._actor.sleep(0.8 * MARGINS.settle_seconds * self._world.random.random())
         self._call(lambda: self._delete(key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -315,6 +318,7 @@ class Protocol(NamedTuple):
     repository: type[Repository] = Repository
     retrying: type[RetryingStore] = RetryingStore
     collector_grace_seconds: float = GRACE_SECONDS
+    settle_seconds: float = MARGINS.settle_seconds
     confirms: bool = True
 
 
@@ -385,10 +389,11 @@ def _write_generation(actor: Actor, repository: Repository) -> None:
     key = repository.put_manifest(manifest)
     if random.random() < 0.5:
         _nap(actor, 3)  # a proof that takes long
-    world.renewed += sum(one.is_renewed for one in saved)
+    is_settled = all(one.is_settled for one in saved)
+    world.unsettled += not is_settled
     if world.protocol.confirms:
-        if any(one.is_renewed for one in saved):
-            actor.sleep(MARGINS.settle_seconds)
+        if not is_settled:
+            actor.sleep(world.protocol.settle_seconds)
         confirm(repository, manifest, key, replaced=parent, chance=random.random, threads=1)
     try:
         world.acknowledge(repository.publish(manifest, key, replaces=seen))

@@ -37,6 +37,7 @@ class _CarelessRepository(Repository):
 BROKEN = {
     "no read-back": Protocol(repository=_ForgetfulRepository, retrying=_ForgetfulStore),
     "no grace": Protocol(collector_grace_seconds=0.0),
+    "no settling": Protocol(settle_seconds=0.0),
     "old blobs are relied on": Protocol(repository=_CarelessRepository, confirms=False),
 }
 
@@ -79,7 +80,7 @@ def test_runs_do_what_they_are_for() -> None:
     assert sum(len(world.acknowledged) for world in worlds) > 80
     assert sum(world.collected for world in worlds) > 80
     assert sum(world.lost for world in worlds) > 5
-    assert sum(world.renewed for world in worlds) > 5
+    assert sum(world.unsettled for world in worlds) > 5
 
 
 @pytest.mark.parametrize("protocol", BROKEN.values(), ids=BROKEN)

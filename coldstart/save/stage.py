@@ -85,12 +85,12 @@ class Stage:
         if not self._is_first(blob):
             return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)
         age_seconds = self._repository.blob_age_seconds(blob, len(stored))
-        if self._terms.relies_on_stored and self._repository.is_young(age_seconds):
-            return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)
-        self._rate.wait(len(stored))
-        self._repository.put_blob(blob, stored, rely_on_stored=False)
-        is_renewed = age_seconds is not None and not self._repository.is_young(age_seconds)
-        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=True, is_renewed=is_renewed)
+        is_written = not (self._terms.relies_on_stored and self._repository.is_young(age_seconds))
+        if is_written:
+            self._rate.wait(len(stored))
+            self._repository.put_blob(blob, stored, rely_on_stored=False)
+        is_settled = self._repository.is_settled(age_seconds)
+        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=is_written, is_settled=is_settled)
 
     def _is_first(self, blob: str) -> bool:
         """Whether no other chunk of this generation is stored as these bytes. If storing that one fails, all of it does."""
