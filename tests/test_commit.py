@@ -34,16 +34,19 @@ class Remote(MemoryStore):
 
 @pytest.fixture
 def clock():
+    """The time of the store and of everyone who uses it."""
     return FakeClock()
 
 
 @pytest.fixture
 def store(clock):
+    """The store, which a test may let fail."""
     return FaultyStore(MemoryStore(clock=clock.time))
 
 
 @pytest.fixture
 def repository(store, clock):
+    """The snapshots in it."""
     return Repository(store, clock=clock.time, sleep=clock.sleep)
 
 
