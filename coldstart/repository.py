@@ -30,7 +30,6 @@ from coldstart.errors import (
     StateChangedError,
     StoreError,
     StoreTransientError,
-    UsageError,
 )
 from coldstart.manifest import (
     KeyRecord,
@@ -191,7 +190,7 @@ class Repository:
         """Whether a blob of this age, before it was written again if it was, cannot be one that is being deleted.
 
         One that is new cannot, nor one that was young for longer than a deletion is under way. One that was written a
-        moment ago may have been old before that. Folders are told apart by nothing: see ``delete_older`` of their store.
+        moment ago may have been old before that. A store of this machine looks at the age and deletes in one step.
         """
         if age_seconds is None or not self.settle_seconds:
             return True
@@ -221,40 +220,13 @@ class Repository:
         self.store.put(key, data, if_absent=True)
         return key
 
-    def publish(self, manifest: Manifest, key: str, *, replaces: Lookup) -> Ref:
+    def publish(self, manifest: Manifest, key: str, *, replaces: Lookup, relies_on: str = "") -> Ref:
         """Make the generation stored under ``key`` the current one, if the ref is still what ``replaces`` saw.
 
-        Raises StateChangedError when another writer was first (its generation stays), PublishUnknownError when an answer
-        was lost and the ref cannot be read back, and StoreError when the store failed and the ref was not moved.
+        It is swapped anew where the ref forgot older generations meanwhile, unless one of them is ``relies_on``, a manifest
+        that has to be live until then. Raises StateChangedError when another writer was first (its generation stays),
+        PublishUnknownError when an answer was lost and the ref cannot be read back, and StoreError when the store failed.
         """
-        return self._publish(manifest, key, replaces, relies_on="")
-
-    def roll_back(self, name: str, key: KeyRecord, generation: int | None = None) -> Ref:
-        """Make an earlier generation current again (default: the one before), as a copy with a number of its own.
-
-        It is live until the ref moves, so nothing is read or written but its manifest. Raises UsageError for a generation
-        that the ref does not name, ManifestError, StoreError, and what ``publish`` does.
-        """
-        seen = self.look_up(name, key)
-        if seen.ref is None:
-            raise UsageError(f"there is no snapshot {name!r} to roll back")
-        kept = seen.ref.named[1:]
-        found = [entry for entry in kept if generation in (None, entry.generation)]
-        if not found:
-            others = ", ".join(str(entry.generation) for entry in kept) or "none"
-            wanted = "there is none" if generation is None else f"generation {generation} is not kept"
-            raise UsageError(f"{wanted} before generation {seen.ref.generation} of {name!r}; kept are: {others}")
-        before = self.manifest(found[0].manifest, name=name)
-        copy = before._replace(
-            generation=seen.ref.generation + 1,
-            parent=seen.ref.manifest,
-            signature="",
-            provenance={**before.provenance, "rolled back to": str(found[0].generation)},
-        )
-        return self._publish(copy, self.put_manifest(copy), seen, relies_on=found[0].manifest)
-
-    def _publish(self, manifest: Manifest, key: str, replaces: Lookup, *, relies_on: str) -> Ref:
-        """Swap the ref; ``relies_on`` has to be named by it until then. Tried anew while only bookkeeping was in the way."""
         target = ref_key(manifest.name, manifest.key.digest)
         before: Ref | Tombstone | None = replaces.ref
         etag = replaces.etag

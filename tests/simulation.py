@@ -40,6 +40,7 @@ from coldstart.manifest import (
 from coldstart.plan import known_chunks
 from coldstart.repository import Margins, Repository
 from coldstart.retention import Retention
+from coldstart.rollback import roll_back
 from coldstart.save import Terms
 from coldstart.save.stage import Rate, Stage
 from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject
@@ -402,12 +403,12 @@ def _write_generation(actor: Actor, repository: Repository) -> None:
         raise
 
 
-def roll_back(actor: Actor) -> None:
+def go_back(actor: Actor) -> None:
     """An operator who goes back to some earlier generation."""
     for _ in range(2):
         _nap(actor, 8)
         with suppress(ColdstartError):
-            actor.world.acknowledge(repository_of(actor).roll_back(NAME, KEY))
+            actor.world.acknowledge(roll_back(repository_of(actor), NAME, KEY))
 
 
 def delete(actor: Actor) -> None:
@@ -459,7 +460,7 @@ def simulate(seed: int, protocol: Protocol = Protocol()) -> World:  # noqa: B008
     ]
     actors.append(Actor(world, "collector", lambda actor: collect_often(actor, 4)))
     actors.append(Actor(world, "reader", read))
-    actors.append(Actor(world, "roll back", roll_back))
+    actors.append(Actor(world, "roll back", go_back))
     if seed % 4 == 0:
         actors.append(Actor(world, "delete", delete))
     world.run(*actors)

@@ -17,6 +17,7 @@ from coldstart.errors import (
 )
 from coldstart.manifest import blob_key, ref_from_json, ref_key, tombstone_from_json
 from coldstart.repository import COLLECTION_GRACE_SECONDS, Repository
+from coldstart.rollback import roll_back
 from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock, Fault, FaultyStore
 from tests.generations import KEY, OTHER_KEY, capture_of, hash_of, publish, restored, write
@@ -209,7 +210,7 @@ def test_a_number_is_never_given_twice(repository, store) -> None:
     never = repository.look_up("model", KEY)
     publish(repository)
     publish(repository)
-    assert repository.roll_back("model", KEY).generation == 3
+    assert roll_back(repository, "model", KEY).generation == 3
     repository.delete("model")
     assert publish(repository).generation == 4
     store.put(REF, b"{}")
@@ -250,21 +251,21 @@ def test_rollback_makes_the_one_before_current(repository) -> None:
     second = write(capture_of(state(2), follows=first), repository)
     repository.publish(second.manifest, second.manifest_key, replaces=repository.look_up("model", KEY))
     for generation, number in ((3, 1), (4, 2)):
-        ref = repository.roll_back("model", KEY)
+        ref = roll_back(repository, "model", KEY)
         assert ref.generation == generation
         manifest = repository.manifest(ref.manifest, name="model")
         assert set(restored(manifest, repository.store)["new"]) == {number}
-    assert repository.roll_back("model", KEY, 1).generation == 5
+    assert roll_back(repository, "model", KEY, 1).generation == 5
 
 
 def test_rollback_to_what_is_not_there_is_refused(repository) -> None:
     """No snapshot, no generation before, and one that is not kept are each told with what there is."""
     with pytest.raises(UsageError, match="no snapshot 'model'"):
-        repository.roll_back("model", KEY)
+        roll_back(repository, "model", KEY)
     publish(repository)
     with pytest.raises(UsageError, match="there is none before generation 1"):
-        repository.roll_back("model", KEY)
+        roll_back(repository, "model", KEY)
     publish(repository)
     with pytest.raises(UsageError, match="generation 7 is not kept before generation 2 of 'model'; kept are: 1"):
-        repository.roll_back("model", KEY, 7)
+        roll_back(repository, "model", KEY, 7)
     assert repository.look_up("model", OTHER_KEY).ref is None

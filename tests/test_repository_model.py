@@ -15,6 +15,7 @@ from coldstart.errors import UsageError
 from coldstart.manifest import Chunk, Segment, blob_key, ref_key
 from coldstart.repository import COLLECTION_GRACE_SECONDS, Repository
 from coldstart.retention import Retention
+from coldstart.rollback import roll_back
 from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock
 from tests.generations import KEY, OTHER_KEY, hash_of, manifest_of
@@ -66,13 +67,13 @@ class Snapshots(RuleBasedStateMachine):
             self.written[content] = self.clock.time()
 
     @rule(key=KEYS, steps=st.integers(1, 3))
-    def roll_back(self, key, steps) -> None:
+    def go_back(self, key, steps) -> None:
         kept = self.kept[key.digest]
         if len(kept) <= steps:
             with pytest.raises(UsageError):
-                self.repository.roll_back("model", key, kept[steps].number if len(kept) > steps else 10**6)
+                roll_back(self.repository, "model", key, kept[steps].number if len(kept) > steps else 10**6)
             return
-        ref = self.repository.roll_back("model", key, kept[steps].number)
+        ref = roll_back(self.repository, "model", key, kept[steps].number)
         self._note(key, ref, kept[steps].content)
 
     def _note(self, key, ref, content) -> None:

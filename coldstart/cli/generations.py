@@ -45,9 +45,10 @@ def add_gc(actions: Any) -> argparse.ArgumentParser:
 
 def roll_back(options: argparse.Namespace, repository: Repository, chosen: Ref) -> int:
     """Make an earlier generation of ``chosen`` current."""
-    ref = repository.roll_back(chosen.name, chosen.key, options.generation)
-    manifest = repository.manifest(ref.manifest, name=ref.name)
-    source = manifest.provenance["rolled back to"]
+    from coldstart import rollback
+
+    ref = rollback.roll_back(repository, chosen.name, chosen.key, options.generation)
+    source = repository.manifest(ref.manifest, name=ref.name).provenance[rollback.ORIGIN]
     if options.json:
         print(json.dumps({"name": ref.name, "generation": ref.generation, "copy_of": int(source)}))
     else:
