@@ -22,7 +22,6 @@ next collection finds what is left.
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -71,7 +70,7 @@ class Collected(NamedTuple):
 
 def collect(repository: Repository, rules: Rules, *, threads: int = THREADS) -> Collected:
     """Collect once. Raises CollectionRefusedError, StoreError, and UsageError while another collector is at it."""
-    leases = Leases(repository, f"{os.uname().nodename} process {os.getpid()}")
+    leases = Leases(repository)
     if rules.dry_run or not leases.are_kept:
         return _Collection(repository, rules, threads).run()
     lease = leases.take(LEASE_KEY)

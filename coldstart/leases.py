@@ -4,8 +4,9 @@ Efficiency only. A lease that is lost, taken twice or never released costs a sec
 becomes current is for the ref's compare-and-swap alone.
 
 A lease is one object, changed by compare-and-swap. It names its holder and the moment when it is over, by the store's
-clock; the holder renews it at work. It is released by putting a tombstone in its place, because not every store can delete
-on a condition. A store that enforces no conditions has no leases: all of its workers capture.
+clock; the holder renews it at work. One whose holder was a process of this host that is no more is over. It is released
+by putting a tombstone in its place, because not every store can delete on a condition. A store that enforces no conditions
+has no leases: all of its workers capture.
 """
 
 from __future__ import annotations
@@ -30,18 +31,27 @@ if TYPE_CHECKING:
 
     from coldstart.repository import Repository
 
-LEASE_SECONDS = 900.0
-"""How long a lease lasts without being renewed: what a fleet waits for a worker that was killed."""
+LEASE_SECONDS = 600.0
+"""How long a lease lasts without being renewed: what a fleet waits for a worker that was killed, on another host."""
 _LONGEST_SECONDS = 2 * LEASE_SECONDS
 """A lease that claims to last longer was written by a clock that is wrong, and counts as over."""
 _MOST_BYTES = 4096
+
+
+class Holder(NamedTuple):
+    """A process of a host."""
+
+    host: str
+    process: int
+
+    def __str__(self) -> str:
+        return f"process {self.process} of {self.host}"
 
 
 class Lease(NamedTuple):
     """A lease that is held. ``until_seconds``: by the store's clock."""
 
     key: str
-    owner: str
     etag: str
     until_seconds: float
 
@@ -85,7 +95,7 @@ def hold(repository: Repository, name: str) -> Holding | Held:
 
     Where the store keeps no leases, or this worker may not write one, it captures without.
     """
-    leases = Leases(repository, f"{os.uname().nodename} process {os.getpid()}")
+    leases = Leases(repository)
     if not leases.are_kept:
         return Holding(leases, None)
     try:
@@ -96,14 +106,18 @@ def hold(repository: Repository, name: str) -> Holding | Held:
 
 
 class Leases:
-    """The leases of a store. ``owner`` is for people; ``unique`` makes each write unlike any other."""
+    """The leases of a store. ``holder``: who takes them; ``unique`` makes each write unlike any other."""
 
     def __init__(
-        self, repository: Repository, owner: str, *, unique: Callable[[], str] = lambda: os.urandom(8).hex()
+        self,
+        repository: Repository,
+        holder: Holder | None = None,
+        *,
+        unique: Callable[[], str] = lambda: os.urandom(8).hex(),
     ) -> None:
         self._store = repository.store
         self._time = repository.time
-        self._owner = owner
+        self._holder = holder or Holder(os.uname().nodename, os.getpid())
         self._unique = unique
 
     @property
@@ -117,9 +131,22 @@ class Leases:
         now = self._time.now()
         found, etag = self._read(key)
         left_seconds = _left_seconds(found, now)
-        if left_seconds > 0:
-            return Held(found["owner"], left_seconds)
+        holder = Holder(found["host"], found["process"]) if found else None
+        if holder is not None and left_seconds > 0 and not self._is_gone(holder):
+            return Held(str(holder), left_seconds)
         return self._put(key, etag, now) or Held("another worker", LEASE_SECONDS)
+
+    def _is_gone(self, holder: Holder) -> bool:
+        """Whether a holder was a process of this host that is no more."""
+        if holder.host != self._holder.host:
+            return False
+        try:
+            os.kill(holder.process, 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # another user's
+            return False
+        return False
 
     def renew(self, lease: Lease) -> Lease | None:
         """The lease for another while; None if it is another's meanwhile. Raises StoreError."""
@@ -128,11 +155,11 @@ class Leases:
     def release(self, lease: Lease) -> None:
         """Let go of a lease; one that cannot be released ends by itself."""
         with suppress(StoreError):
-            self._store.put(lease.key, _document(self._owner, 0.0, self._unique()), if_match=lease.etag)
+            self._store.put(lease.key, _document(self._holder, 0.0, self._unique()), if_match=lease.etag)
 
     def _put(self, key: str, etag: str, now: float) -> Lease | None:
         until_seconds = now + LEASE_SECONDS
-        data = _document(self._owner, until_seconds, self._unique())
+        data = _document(self._holder, until_seconds, self._unique())
         try:
             written = self._store.put(key, data, if_absent=not etag, if_match=etag or None)
         except (ConditionFailedError, StoreTransientError):
@@ -143,7 +170,7 @@ class Leases:
             if stored.data != data:
                 return None
             written = stored.etag
-        return Lease(key, self._owner, written, until_seconds)
+        return Lease(key, written, until_seconds)
 
     def _read(self, key: str) -> tuple[dict[str, Any], str]:
         """What is written there, {} for nothing and for what is no lease."""
@@ -161,7 +188,9 @@ class Leases:
 def _is_lease(document: Any) -> bool:
     return (
         isinstance(document, dict)
-        and isinstance(document.get("owner"), str)
+        and isinstance(document.get("host"), str)
+        and type(document.get("process")) is int
+        and 0 < document["process"] < 1 << 31
         and type(document.get("until_seconds")) in (int, float)
     )
 
@@ -171,5 +200,5 @@ def _left_seconds(document: dict[str, Any], now: float) -> float:
     return left if 0.0 < left <= _LONGEST_SECONDS else 0.0
 
 
-def _document(owner: str, until_seconds: float, unique: str) -> bytes:
-    return json.dumps({"owner": owner, "until_seconds": until_seconds, "write_id": unique}).encode()
+def _document(holder: Holder, until_seconds: float, unique: str) -> bytes:
+    return json.dumps({**holder._asdict(), "until_seconds": until_seconds, "write_id": unique}).encode()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from coldstart import events
 from coldstart.errors import StoreTransientError
-from coldstart.leases import LEASE_SECONDS, Held, Holding, Lease, Leases, hold
+from coldstart.leases import LEASE_SECONDS, Held, Holder, Holding, Lease, Leases, hold
 from coldstart.repository import Repository
 from coldstart.stores.memory import ALL_CAPABILITIES, MemoryStore
 from coldstart.testing import FakeClock, Fault, FaultyStore
@@ -33,13 +37,13 @@ def store(clock):
 @pytest.fixture
 def leases(store, clock):
     """Makes the leases as a worker of that name sees them."""
-    return lambda owner, skew_seconds=0.0: Leases(Repository(store, clock=lambda: clock.time()), owner)
+    return lambda host: Leases(Repository(store, clock=clock.time), Holder(host, 1))
 
 
 def test_one_of_many_gets_it() -> None:
     """Of workers that ask at the same time just one gets the lease."""
     repository = Repository(MemoryStore())
-    taken = in_threads(20, lambda: Leases(repository, "a worker").take(KEY))
+    taken = in_threads(20, lambda: Leases(repository, Holder("a worker", 1)).take(KEY))
     assert [type(one) for one in taken].count(Lease) == 1
     assert all(isinstance(one, (Lease, Held)) for one in taken)
 
@@ -48,7 +52,7 @@ def test_it_is_another_s_until_it_is_released(leases) -> None:
     """A lease that is held is told with its holder and what is left of it; a released one is free at once."""
     first, second = leases("first"), leases("second")
     lease = first.take(KEY)
-    assert second.take(KEY) == Held("first", LEASE_SECONDS)
+    assert second.take(KEY) == Held("process 1 of first", LEASE_SECONDS)
     first.release(lease)
     assert isinstance(second.take(KEY), Lease)
 
@@ -58,13 +62,24 @@ def test_it_ends_by_itself(leases, clock) -> None:
     first, second = leases("first"), leases("second")
     lost = first.take(KEY)
     clock.advance(LEASE_SECONDS - 1)
-    assert second.take(KEY) == Held("first", 1.0)
+    assert second.take(KEY) == Held("process 1 of first", 1.0)
     clock.advance(2)
     taken = second.take(KEY)
     assert isinstance(taken, Lease)
     assert first.renew(lost) is None
     first.release(lost)
     assert isinstance(first.take(KEY), Held)
+
+
+def test_a_process_of_this_host_that_is_no_more_holds_nothing(store, clock) -> None:
+    """Whoever starts again after a kill need not wait for the lease that the killed process had."""
+    repository = Repository(store, clock=clock.time)
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    gone, alive = Holder(os.uname().nodename, process.pid), Holder(os.uname().nodename, os.getpid())
+    Leases(repository, gone).take(KEY)
+    assert isinstance(Leases(repository, alive).take(KEY), Lease)
+    assert Leases(repository).take(KEY) == Held(str(alive), LEASE_SECONDS)
 
 
 def test_it_is_renewed_at_work(leases, clock) -> None:
@@ -85,10 +100,11 @@ def test_it_is_renewed_at_work(leases, clock) -> None:
         b"",
         b"[]",
         b"\xff",
-        b'{"owner": 1, "until_seconds": 9e9}',
-        b'{"owner": "a"}',
-        b'{"owner": "a", "until_seconds": 1e300}',
-        b'{"owner": "a", "until_seconds": true}',
+        b'{"host": 1, "process": 1, "until_seconds": 9e9}',
+        b'{"host": "a", "process": 1}',
+        b'{"host": "a", "process": 0, "until_seconds": 1700000001}',
+        b'{"host": "a", "process": 1, "until_seconds": 1e300}',
+        b'{"host": "a", "process": 1, "until_seconds": true}',
         b"[" * 5000,
     ],
 )
@@ -138,7 +154,7 @@ def test_retries_are_spread() -> None:
 
 def test_a_capture_holds_the_lease(world: World, proven) -> None:
     """From its first chunk to its end a capture holds the lease, and afterwards it is free."""
-    others = Leases(world.repository, "another")
+    others = Leases(world.repository, Holder("another", 1))
     seen = []
     world.at_idle = lambda seconds: seen.append(others.take(KEY)) if seconds == 0.0 else None
     proven.at_run = staticmethod(lambda proof: seen.append(others.take(KEY)))
@@ -158,11 +174,11 @@ def test_a_failed_capture_releases_the_lease(world: World) -> None:
 
 def test_who_does_not_get_the_lease_captures_nothing(world: World) -> None:
     """The outcome and an event say who captures, and nothing is written."""
-    other = Leases(world.repository, "host 7")
+    other = Leases(world.repository, Holder("host 7", 1))
     other.take(KEY)
     before = world.store.count("put")
     (outcome,) = world.made(world.plan(weights()))
-    assert (outcome.published, outcome.reason) == (False, "host 7 captures this snapshot")
+    assert (outcome.published, outcome.reason) == (False, "process 1 of host 7 captures this snapshot")
     assert world.seen.of(events.CaptureSkipped) == [events.CaptureSkipped("model", outcome.reason)]
     assert world.store.count("put") == before
 
@@ -170,7 +186,7 @@ def test_who_does_not_get_the_lease_captures_nothing(world: World) -> None:
 @pytest.mark.parametrize("is_published", [False, True])
 def test_a_refused_capture_is_tried_again_if_it_is_still_missing(world: World, monkeypatch, is_published) -> None:
     """When the lease is over the capture is made, unless its holder has published meanwhile."""
-    other = Leases(world.repository, "host 7")
+    other = Leases(world.repository, Holder("host 7", 1))
     lease = other.take(KEY)
     monkeypatch.setattr(Held, "retry_seconds", lambda held: 0.05)
     begun = world.begin(world.plan(weights(7)))
