@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import plan
-from coldstart.commit import confirm
+from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
 from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
@@ -137,8 +137,8 @@ class Writing:
         Raises CaptureError once ``stopping`` is set.
         """
         repository = self.saver.repository
-        parent = self._capture.parent  # was published, so it was settled then
-        if written.unsettled - {chunk.blob for chunk in (parent.chunks if parent else ())}:
+        parent, parent_key = self._capture.parent, self._capture.parent_key
+        if has_to_settle(repository, written.unsettled, parent=parent, parent_key=parent_key):
             since_seconds = time.monotonic() - self._written_seconds
             if self._stopping.wait(max(0.0, repository.settle_seconds - since_seconds)):
                 raise CaptureError(STOPPED)

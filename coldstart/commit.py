@@ -23,7 +23,7 @@ from coldstart.manifest import blob_key, manifest_to_json
 from coldstart.pipeline import Job, run_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from coldstart.manifest import Manifest
     from coldstart.repository import Repository
@@ -61,6 +61,21 @@ def new_blobs(manifest: Manifest, replaced: Manifest | None) -> dict[str, int]:
     """The blobs of a generation, with their lengths, that the one before it does not name."""
     known = {chunk.blob for chunk in replaced.chunks} if replaced else set()
     return {chunk.blob: chunk.stored_bytes for chunk in manifest.chunks if chunk.blob not in known}
+
+
+def has_to_settle(
+    repository: Repository, unsettled: Collection[str], *, parent: Manifest | None, parent_key: str
+) -> bool:
+    """Whether to wait before ``confirm``: see the module. ``parent``, stored under its key, is the generation made from.
+
+    No deletion of a live generation's blobs was decided since it was published, and then they were settled. Raises
+    StoreError, ManifestError.
+    """
+    if not unsettled:
+        return False
+    if parent is None or not {chunk.blob for chunk in parent.chunks}.issuperset(unsettled):
+        return True
+    return not repository.is_live(parent_key, parent)
 
 
 def _sampled(lengths: Mapping[str, int], chance: Callable[[], float]) -> set[str]:

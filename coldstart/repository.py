@@ -49,7 +49,7 @@ from coldstart.manifest import (
     tombstone_to_json,
 )
 from coldstart.store_clock import StoreClock
-from coldstart.succession import may_follow, next_number, successor, tombstone, took_effect, without
+from coldstart.succession import may_follow, names, next_number, successor, tombstone, took_effect, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -156,6 +156,11 @@ class Repository:
         except ManifestError:
             return None
         return newest if isinstance(newest, Ref) and newest.name == name else None
+
+    def is_live(self, key: str, manifest: Manifest) -> bool:
+        """Whether a ref names the generation that is stored under ``key``. Raises StoreError, ManifestError."""
+        ref = self.look_up(manifest.name, manifest.key).ref
+        return ref is not None and names(ref, key)
 
     def next_generation(self, name: str, key: KeyRecord, ref: Ref | None) -> int:
         """The number after ``ref``'s; without one, after that of a deleted snapshot. Raises StoreError, ManifestError."""

@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.collect import Rules, collect
-from coldstart.commit import confirm
+from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import (
     BlobCorruptError,
     CaptureError,
@@ -29,6 +29,9 @@ from coldstart.errors import (
 from coldstart.leases import Held, hold
 from coldstart.manifest import (
     Chunk,
+    KeyRecord,
+    Manifest,
+    Published,
     Ref,
     Segment,
     blob_key,
@@ -45,7 +48,7 @@ from coldstart.save import Terms
 from coldstart.save.stage import Rate, Stage
 from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject
 from coldstart.stores.retrying import RetryingStore, RetryPolicy
-from tests.generations import KEY, hash_of, manifest_of
+from tests.generations import KEY, OTHER_KEY, hash_of, manifest_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,7 +56,8 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 2000.0
 MARGINS = Margins(grace_seconds=GRACE_SECONDS, settle_seconds=120.0, ref_interval_seconds=1.0)
 NAME = "model"
-REF = ref_key(NAME, KEY.digest)
+KEYS = (KEY, OTHER_KEY)
+REFS = [ref_key(NAME, key.digest) for key in KEYS]
 CONTENTS = [bytes([number]) * 8 for number in range(6)]
 BASE = manifest_of(NAME)
 FAULT_SHARE, KILL_SHARE = 0.06, 0.002
@@ -122,8 +126,8 @@ class World:
         self.collected = 0
         self.lost = 0
         self.unsettled = 0
-        self._numbers: dict[int, str] = {}
-        self._slot: Any = None
+        self._numbers: dict[tuple[str, int], str] = {}
+        self._slots: dict[str, Any] = {}
         self._actors: list[Actor] = []
         self._over = threading.Event()
         for content in CONTENTS:  # orphans of captures that nobody remembers
@@ -182,14 +186,14 @@ class World:
 
     # --- what must hold -------------------------------------------------------------------------------------------------
 
-    def ref_written(self, data: bytes, actor: Actor) -> None:
+    def ref_written(self, key: str, data: bytes, actor: Actor) -> None:
         """Numbers are unique, generations are what their writers meant, and nobody but a collector forgets one."""
-        before = self._slot
-        self._slot = slot = tombstone_from_json(data) or ref_from_json(data)
+        before = self._slots.get(key)
+        self._slots[key] = slot = tombstone_from_json(data) or ref_from_json(data)
         if not isinstance(slot, Ref):
             return
         for entry in slot.named:
-            if self._numbers.setdefault(entry.generation, entry.manifest) != entry.manifest:
+            if self._numbers.setdefault((key, entry.generation), entry.manifest) != entry.manifest:
                 raise Violation(f"two generations have number {entry.generation}")
             if entry.manifest not in self.ever_named and entry.manifest != slot.manifest:
                 raise Violation(f"{entry.manifest} is named as an earlier generation and never was current")
@@ -202,10 +206,8 @@ class World:
         self.check()
 
     def check(self) -> None:
-        """Every generation that the ref names restores: its manifest and all of its blobs are there."""
-        if not isinstance(self._slot, Ref):
-            return
-        for entry in self._slot.named:
+        """Every generation that a ref names restores: its manifest and all of its blobs are there."""
+        for entry in self._live():
             if entry.manifest not in self.entries:
                 raise Violation(f"the live manifest {entry.manifest} is gone")
             for blob in self.contents[entry.manifest]:
@@ -225,7 +227,10 @@ class World:
             raise Violation(f"generation {self.ever_named[manifest_key]} was current, and its writer was told it lost")
 
     def is_live(self, manifest_key: str) -> bool:
-        return isinstance(self._slot, Ref) and any(entry.manifest == manifest_key for entry in self._slot.named)
+        return any(entry.manifest == manifest_key for entry in self._live())
+
+    def _live(self) -> list[Published]:
+        return [entry for slot in self._slots.values() if isinstance(slot, Ref) for entry in slot.named]
 
 
 class SimulatedStore(Store):
@@ -303,8 +308,8 @@ class SimulatedStore(Store):
         world.entries[key] = (data, etag, world.now)
         if key.startswith("manifests/"):
             world.contents[key] = tuple(chunk.blob for chunk in manifest_from_json(data).chunks)
-        if key == REF:
-            world.ref_written(data, self._actor)
+        if key in REFS:
+            world.ref_written(key, data, self._actor)
         return etag
 
     def _delete(self, key: str) -> None:
@@ -343,64 +348,75 @@ def _nap(actor: Actor, quarters: int) -> None:
     actor.sleep(GRACE_SECONDS / 4 * random.randrange(quarters + 1) + 5 * random.random())
 
 
-def write_generations(actor: Actor, commits: int, *, leased: bool) -> None:
+def write_generations(actor: Actor, key: KeyRecord, *, leased: bool) -> None:
     """A worker that captures now and then."""
-    for _ in range(commits):
+    for _ in range(2):
         _nap(actor, 6)
         for _attempt in range(2):
             try:
-                _capture(actor, leased=leased)
+                _capture(actor, key, leased=leased)
             except (StoreError, CaptureError, ManifestError, BlobCorruptError):
                 continue
             break
 
 
-def _capture(actor: Actor, *, leased: bool) -> None:
+def _capture(actor: Actor, key: KeyRecord, *, leased: bool) -> None:
     repository = repository_of(actor)
     holding = hold(repository, NAME) if leased else None
     if isinstance(holding, Held):
         return
     try:
-        _write_generation(actor, repository)
+        _write_generation(actor, repository, key)
     finally:
         if holding is not None:
             holding.end()
 
 
-def _write_generation(actor: Actor, repository: Repository) -> None:
+def _write_generation(actor: Actor, repository: Repository, key: KeyRecord) -> None:
     world, random = actor.world, actor.world.random
-    seen = repository.look_up(NAME, KEY)
-    parent = repository.manifest(seen.ref.manifest, name=NAME) if seen.ref else None
+    seen = repository.look_up(NAME, key)
+    parent, parent_key = _parent(repository, seen.ref or seen.newest)
     chosen = [CONTENTS[0], *random.sample(CONTENTS[1:], 2)]
-    terms = Terms("raw", 1, known_chunks(parent) if parent else {}, True, True, 24, 8)
+    terms = Terms("raw", 1, known_chunks(parent) if parent else {}, seen.ref is not None, True, 24, 8)
     stage = Stage(repository, terms, Rate(0, threading.Event()))
     saved = [
         stage.reused(hash_of(raw), 1, len(raw)) or stage.stored(memoryview(raw), hash_of(raw), 1, "raw")
         for raw in chosen
     ]
     manifest = BASE._replace(
-        generation=repository.next_generation(NAME, KEY, seen.ref),
-        parent=seen.ref.manifest if seen.ref else "",
+        key=key,
+        generation=repository.next_generation(NAME, key, seen.ref),
+        parent=parent_key,
         segments=(Segment(1, "weights", "eager", 8),) * 3,
         chunks=tuple(
             Chunk(index, 0, 8, one.raw_hash, one.codec, one.parameters, one.blob, one.stored_bytes)
             for index, one in enumerate(saved)
         ),
     )
-    key = repository.put_manifest(manifest)
+    manifest_key = repository.put_manifest(manifest)
     if random.random() < 0.5:
         _nap(actor, 3)  # a proof that takes long
-    is_settled = all(one.is_settled for one in saved)
-    world.unsettled += not is_settled
+    unsettled = frozenset(one.blob for one in saved if not one.is_settled)
+    world.unsettled += bool(unsettled)
     if world.protocol.confirms:
-        if not is_settled:
+        if has_to_settle(repository, unsettled, parent=parent, parent_key=parent_key):
             actor.sleep(world.protocol.settle_seconds)
-        confirm(repository, manifest, key, replaced=parent, chance=random.random, threads=1)
+        replaced = parent if seen.ref else None
+        confirm(repository, manifest, manifest_key, replaced=replaced, chance=random.random, threads=1)
     try:
-        world.acknowledge(repository.publish(manifest, key, replaces=seen))
+        world.acknowledge(repository.publish(manifest, manifest_key, replaces=seen))
     except StateChangedError:
-        world.refuse(key)
+        world.refuse(manifest_key)
         raise
+
+
+def _parent(repository: Repository, ref: Ref | None) -> tuple[Manifest | None, str]:
+    """The generation to go on from, of this key or another; one that is gone is no obstacle."""
+    if ref is None:
+        return None, ""
+    with suppress(ObjectMissingError):
+        return repository.manifest(ref.manifest, name=NAME), ref.manifest
+    return None, ""
 
 
 def go_back(actor: Actor) -> None:
@@ -455,7 +471,12 @@ def simulate(seed: int, protocol: Protocol = Protocol()) -> World:  # noqa: B008
     world = World(seed, protocol)
     hours = [world.random.choice((0.0, 0.0, -7200.0, 7200.0)) for _ in range(3)]
     actors = [
-        Actor(world, f"writer {n}", lambda actor, n=n: write_generations(actor, 2, leased=n > 0), skew_seconds=hours[n])
+        Actor(
+            world,
+            f"writer {n}",
+            lambda actor, n=n: write_generations(actor, KEYS[n // 2], leased=n > 0),
+            skew_seconds=hours[n],
+        )
         for n in range(3)
     ]
     actors.append(Actor(world, "collector", lambda actor: collect_often(actor, 4)))

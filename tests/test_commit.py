@@ -162,6 +162,25 @@ def test_an_unsettled_blob_is_waited_for(clock) -> None:
         writing.confirm(written)
 
 
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_live_parent_s_blobs_are_settled(clock, monkeypatch, is_deleted) -> None:
+    """What a generation of another key has is waited for only if that is live no more: a changed handler publishes at once."""
+    remote = Remote(clock=clock.time)
+    repository = Repository(remote, clock=clock.time, sleep=clock.sleep)
+    first = write(capture_of(state(1)), repository)
+    repository.publish(first.manifest, first.manifest_key, replaces=repository.look_up("model", KEY))
+    changed = capture_of(state(1), follows=first, key=OTHER_KEY, generation=1)
+    if is_deleted:
+        repository.delete("model", KEY.digest)
+    waits = []
+    writing = Writing(changed, repository, encoding=Encoding("raw", 1))
+    monkeypatch.setattr(writing._stopping, "wait", waits.append)
+    written = writing.write(lambda: None)
+    assert written.written_bytes == 0
+    writing.confirm(written)
+    assert len(waits) == is_deleted
+
+
 # --- the ref ---------------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from coldstart.stores import StoreOptions
 
-WRITERS, COMMITS = 10, 3
+WRITERS, COMMITS = 10, 2
 KILLS = 30
 URL = "s3://snapshots/root"
 

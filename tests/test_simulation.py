@@ -76,7 +76,7 @@ def test_runs_repeat() -> None:
 
 def test_runs_do_what_they_are_for() -> None:
     """The runs publish, collect, roll back and lose races: a simulation in which nothing happens proves nothing."""
-    worlds = [simulate(seed) for seed in range(20)]
+    worlds = [simulate(seed) for seed in range(40)]
     assert sum(len(world.acknowledged) for world in worlds) > 80
     assert sum(world.collected for world in worlds) > 80
     assert sum(world.lost for world in worlds) > 5

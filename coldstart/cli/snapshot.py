@@ -130,6 +130,7 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
         "name": manifest.name,
         "generation": manifest.generation,
         "previous": ref.previous_generation or None,
+        "kept": ", ".join(str(entry.generation) for entry in ref.named),
         "created": _time(manifest.created_seconds),
         "rung": manifest.rung,
         "device": manifest.device_type,

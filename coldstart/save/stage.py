@@ -65,9 +65,13 @@ class Stage:
         known = self._terms.known.get((raw_hash, item_bytes, length_bytes))
         if known is None:
             return None
-        if not self._terms.known_stays and not self._repository.has_blob(known.blob, known.stored_bytes):
+        saved = Saved(raw_hash, known.codec, known.parameters, known.blob, known.stored_bytes, is_written=False)
+        if self._terms.known_stays:
+            return saved
+        age_seconds = self._repository.blob_age_seconds(known.blob, known.stored_bytes)
+        if not self._repository.is_young(age_seconds):
             return None
-        return Saved(raw_hash, known.codec, known.parameters, known.blob, known.stored_bytes, is_written=False)
+        return saved._replace(is_settled=self._repository.is_settled(age_seconds))
 
     def codec_of(self, segment: int, item_bytes: int, raw: memoryview) -> str:
         """The segment's codec: chosen once, from a sample of the first chunk that this is asked for."""
