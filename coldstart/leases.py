@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 LEASE_SECONDS = 600.0
 """How long a lease lasts without being renewed: what a fleet waits for a worker that was killed, on another host."""
+RETRY_SECONDS = 60.0
 _LONGEST_SECONDS = 2 * LEASE_SECONDS
 """A lease that claims to last longer was written by a clock that is wrong, and counts as over."""
 _MOST_BYTES = 4096
@@ -63,8 +64,8 @@ class Held(NamedTuple):
     left_seconds: float
 
     def retry_seconds(self, chance: Callable[[], float] = random) -> float:
-        """When to ask again: after the lease's end, spread over half of its time, so that a fleet does not ask at once."""
-        return self.left_seconds + chance() * LEASE_SECONDS / 2
+        """When to ask again: in a minute or two, spread so that a fleet does not ask at once."""
+        return min(self.left_seconds, RETRY_SECONDS) + chance() * RETRY_SECONDS
 
 
 class Holding:

@@ -2,8 +2,8 @@
 
 The order: wait for an idle moment, see that no event has changed the weights, take the snapshot's lease, write blobs and
 manifest, prove the generation in a fresh process, look at what is stored, move the ref. Any failure ends here as an event and
-a reason; it never reaches a request. Who does not get the lease leaves the capture to who has it, and asks again when that is
-over, if the snapshot is still missing then.
+a reason; it never reaches a request. Who does not get the lease leaves the capture to who has it, and asks again in a while, as
+long as the snapshot is missing.
 
 A restored worker that is to make none does not import this module, nor what it stands on.
 """
@@ -77,6 +77,8 @@ class Outcome(NamedTuple):
 
 NOT_COMPARED = "a fresh process started from it, but no answers were compared; give warmup= inputs whose answers repeat"
 """What is said of a generation whose proof was its start alone."""
+
+OVERTAKEN = "another worker published this snapshot meanwhile; its generation is kept"
 
 _LAST_PUTS_SECONDS = 5.0
 """How long puts that are under way when a capture fails may take."""
@@ -193,6 +195,8 @@ class Resnapshot:
         self._check_unchanged(plan)
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
+        if plan.due_at_once and _is_overtaken(repository, plan.capture, replaces):
+            return self._skip(plan, OVERTAKEN)
         capture = _with_parent(plan.capture, replaces, repository)
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self._stopping
@@ -202,7 +206,8 @@ class Resnapshot:
         if isinstance(taken, Held):
             return self._postpone(plan, taken, saver.engine)
         self._holding = taken
-        _check_current(repository, capture, replaces)
+        if _is_overtaken(repository, capture, replaces):  # by who had the lease before
+            return self._skip(plan, OVERTAKEN, saver.engine)
         reason = "no usable snapshot" if plan.due_at_once else "policy"
         self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         with self._between_events(saver.group):
@@ -220,9 +225,11 @@ class Resnapshot:
 
     def _postpone(self, plan: Plan, held: Held, engine: str) -> Outcome:
         """Leave a capture to who has the lease. What a policy asks for is not asked for again."""
-        reason = f"{held.owner} captures this snapshot"
         if plan.due_at_once:
             self._postponed.append((time.monotonic() + held.retry_seconds(), plan))
+        return self._skip(plan, f"{held.owner} captures this snapshot", engine)
+
+    def _skip(self, plan: Plan, reason: str, engine: str = "") -> Outcome:
         self._bus.publish(events.CaptureSkipped(plan.capture.name, reason))
         return Outcome.none(reason, engine)
 
@@ -327,14 +334,10 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
 
 
-def _check_current(repository: Repository, capture: Capture, replaces: Lookup) -> None:
-    """Whoever had the lease before may have published. Raises StateChangedError then: nothing need be written."""
+def _is_overtaken(repository: Repository, capture: Capture, replaces: Lookup) -> bool:
+    """Whether a generation was published since ``replaces`` was looked up: then nothing need be written."""
     current = repository.look_up(capture.name, capture.key).ref
-    if current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest):
-        raise StateChangedError(
-            f"another worker published snapshot {capture.name!r} meanwhile; its generation is kept",
-            snapshot=capture.name,
-        )
+    return current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest)
 
 
 def marks_of(survey: Survey) -> dict[str, Any]:
