@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import others, plan
 from coldstart.caches import WEIGHT_SUFFIXES, FileSource
+from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
 from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
 from coldstart.programs.record import consumer_of, to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
+from coldstart.save.base import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,12 +72,16 @@ class Encoding(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A generation that is complete in the store and not current yet."""
+    """A generation that is complete in the store and not current yet.
+
+    ``unsettled``: blobs that a collector may have decided to delete just before; see ``Writing.confirm``.
+    """
 
     manifest: Manifest
     manifest_key: str
     written_bytes: int
     reused_bytes: int
+    unsettled: frozenset[str] = frozenset()
 
 
 class _Source(NamedTuple):
@@ -102,8 +108,9 @@ class Writing:
         self._sources = _array_sources(capture) + _file_sources(capture)
         self._layout = plan.layout([source.item for source in self._sources], parent=capture.parent)
         self._chunks = _Chunks(self._layout, self._sources)
+        self._stopping = stopping or threading.Event()
         terms = _terms(capture, self._layout, encoding)
-        self.saver = open_saver(saving, terms, repository, stopping or threading.Event())
+        self.saver = open_saver(saving, terms, repository, self._stopping)
 
     def write(self, pace: Callable[[], None]) -> Written:
         """Write the blobs and the manifest.
@@ -127,7 +134,23 @@ class Writing:
         key = self.saver.repository.put_manifest(manifest)
         written_bytes = sum(found.stored_bytes for found in saved if found.is_written)
         reused_bytes = sum(found.stored_bytes for found in saved if not found.is_written)
-        return Written(manifest, key, written_bytes, reused_bytes)
+        self._written_seconds = time.monotonic()
+        unsettled = frozenset(found.blob for found in saved if not found.is_settled)
+        return Written(manifest, key, written_bytes, reused_bytes, unsettled)
+
+    def confirm(self, written: Written) -> None:
+        """Look at what was written once more, just before the ref moves; see ``coldstart.commit``, and its errors.
+
+        Raises CaptureError once ``stopping`` is set.
+        """
+        repository = self.saver.repository
+        parent, parent_key = self._capture.parent, self._capture.parent_key
+        if has_to_settle(repository, written.unsettled, parent=parent, parent_key=parent_key):
+            since_seconds = time.monotonic() - self._written_seconds
+            if self._stopping.wait(max(0.0, repository.settle_seconds - since_seconds)):
+                raise CaptureError(STOPPED)
+        replaced = self._capture.parent if _is_replaced(self._capture) and not self._capture.mends else None
+        confirm(repository, written.manifest, written.manifest_key, replaced=replaced)
 
     def _tasks(self, extents: Sequence[Extent], pace: Callable[[], None]) -> Iterator[Task]:
         for extent in extents:

@@ -16,11 +16,13 @@
     |   +-- AccessDeniedError     wrong or expired credentials, or no permission
     |   +-- StoreSetupError       the store itself is unusable: scheme, bucket, folder, missing package
     |   +-- StoreTransientError   may go through if asked again: the only class that is ever retried
+    |   +-- PublishUnknownError   whether a generation became current could not be found out
     +-- SnapshotError             stored data cannot be used
     |   +-- ManifestError         a ref or manifest is malformed, or breaks a limit
     |   |   +-- FormatVersionError  written by a newer coldstart
     |   +-- BlobCorruptError      stored bytes are not what the manifest says
     |   +-- StateMismatchError    build() and the captured state disagree
+    |   +-- CollectionRefusedError  a live snapshot cannot be read, so nothing may be collected
     |   +-- UntrustedError        code (a program, a kernel cache) from a store that is not trusted
     |   +-- ProgramError          a program's record is malformed, or its runtime refused it
     |       +-- ProgramRuntimeError  the runtime of a program is missing, or too old
@@ -117,6 +119,10 @@ class StoreTransientError(StoreError):
     """The operation failed in a way that may pass; the retrying wrapper repeats these and no others."""
 
 
+class PublishUnknownError(StoreError):
+    """The answer to the swap of a ref was lost and reading it back failed: the generation may be current, or not."""
+
+
 class SnapshotError(ColdstartError):
     """Stored data cannot be used."""
 
@@ -139,6 +145,10 @@ class StateMismatchError(SnapshotError):
     def __init__(self, message: str, *, differences: "Sequence[str]" = (), snapshot: str | None = None) -> None:
         super().__init__(message, snapshot=snapshot)
         self.differences = tuple(differences)
+
+
+class CollectionRefusedError(SnapshotError):
+    """A ref or a live manifest cannot be read: what it names is not known, so nothing at all is deleted."""
 
 
 class UntrustedError(SnapshotError):

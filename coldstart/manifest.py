@@ -8,6 +8,7 @@
     <root>/blobs/<2 hex>/<blake3 of stored bytes>   one stored chunk, immutable
     <root>/starts/<name>/<date>/<id>.json       one start record per worker start
     <root>/leases/<name>                        who is capturing (efficiency only)
+    <root>/clocks/<2 hex>                       an empty object whose last write says what time it is at the store
 
 Writing order is blobs, manifest, ref; reading order is the reverse. Nothing here does I/O.
 
@@ -51,6 +52,8 @@ MAX_FILES = 50_000
 MAX_CHUNKS = 2_000_000
 MAX_CHUNK_BYTES = 64 << 20
 MAX_TOTAL_BYTES = 1 << 42
+MAX_HISTORY = 64
+"""Generations before the current one that a ref names; an older one is the collector's."""
 MAX_TEXT = 4096
 MAX_DIMENSIONS = 64
 MAX_DEPTH = 200
@@ -194,8 +197,19 @@ class Manifest(NamedTuple):
         return sum({chunk.blob: chunk.stored_bytes for chunk in self.chunks}.values())
 
 
+class Published(NamedTuple):
+    """A generation that was made current, and when, in Unix seconds by the clock of whoever did; 0.0 if not known."""
+
+    generation: int
+    manifest: str
+    published_seconds: float
+
+
 class Ref(NamedTuple):
-    """The one mutable object of a key. ``write_id`` is unique to the write: a lost answer can be settled by reading."""
+    """The one mutable object of a key. ``write_id`` is unique to the write: a lost answer can be settled by reading.
+
+    What it names is live: its manifests and their blobs are nobody's to delete, and each of them may be made current again.
+    """
 
     name: str
     key: KeyRecord
@@ -206,6 +220,30 @@ class Ref(NamedTuple):
     previous_generation: int
     previous_manifest: str
     """Key of the manifest before this one, "" for the first generation."""
+    history: tuple[Published, ...] = ()
+    """The generations before this one that are kept, newest first; empty in refs of before there was one."""
+
+    @property
+    def named(self) -> tuple[Published, ...]:
+        """Every live generation of the key, the current one first."""
+        current = Published(self.generation, self.manifest, self.updated_seconds)
+        if self.history or not self.previous_manifest:
+            return (current, *self.history)
+        return (current, Published(self.previous_generation, self.previous_manifest, 0.0))
+
+
+class Tombstone(NamedTuple):
+    """What stands in a ref's place after its snapshot was deleted: no later generation takes a number again.
+
+    ``history``: what the ref had named. None of it is live.
+    """
+
+    name: str
+    key: KeyRecord
+    generation: int
+    write_id: str
+    updated_seconds: float
+    history: tuple[Published, ...] = ()
 
 
 def check_name(name: object) -> str:
@@ -274,10 +312,21 @@ def manifest_to_json(manifest: Manifest) -> bytes:
 
 def ref_to_json(ref: Ref) -> bytes:
     """The canonical bytes of a ref."""
+    return _canonical(_ref_document(ref))
+
+
+def tombstone_to_json(tombstone: Tombstone) -> bytes:
+    """The canonical bytes of a tombstone, which no reader takes for a ref."""
+    return _canonical({**_ref_document(tombstone), "deleted": True})
+
+
+def _ref_document(ref: Ref | Tombstone) -> dict[str, Any]:
     document: dict[str, Any] = ref._asdict()
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": ref.key.digest, "parts": dict(ref.key.parts)}
-    return _canonical(document)
+    if not document.pop("history"):
+        return document
+    return {**document, "history": [list(entry) for entry in ref.history]}
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:
@@ -344,7 +393,46 @@ def ref_from_json(data: bytes) -> Ref:
         updated_seconds=fields.seconds("updated_seconds"),
         previous_generation=previous,
         previous_manifest=fields.manifest_key("previous_manifest", name=name, generation=previous, empty=True),
+        history=_history(fields, name, below=generation),
     )
+
+
+def tombstone_from_json(data: bytes) -> Tombstone | None:
+    """Read and check what stands in a ref's place after a deletion; None for anything else. Raises ManifestError."""
+    fields = _Fields(_parse(data, MAX_REF_BYTES, "tombstone"), "tombstone")
+    if fields.document.get("deleted") is not True:
+        return None
+    _check_version(fields)
+    name, generation = fields.name("name"), fields.count("generation")
+    return Tombstone(
+        name=name,
+        key=_key_record(fields),
+        generation=generation,
+        write_id=fields.text("write_id"),
+        updated_seconds=fields.seconds("updated_seconds"),
+        history=_history(fields, name, below=generation + 1),
+    )
+
+
+def _history(fields: _Fields, name: str, *, below: int) -> tuple[Published, ...]:
+    """Generations with falling numbers, each below the one before it and the first below ``below``."""
+    if "history" not in fields.document:
+        return ()
+    rows: list[Any] = fields.take("history", list)
+    if len(rows) > MAX_HISTORY:
+        raise ManifestError(f"{fields.what}.history names {len(rows)} generations, more than the {MAX_HISTORY} allowed")
+    found: list[Published] = []
+    for row in rows:
+        if type(row) is not list or len(row) != len(Published._fields):
+            raise ManifestError(f"{fields.what}.history must be a list of generation, manifest and time")
+        entry = _Fields(dict(zip(Published._fields, row, strict=True)), f"{fields.what}.history")
+        generation = entry.count("generation")
+        if generation >= below:
+            raise ManifestError(f"{fields.what}.history names generation {generation} out of order")
+        key = entry.manifest_key("manifest", name=name, generation=generation)
+        found.append(Published(generation, key, entry.seconds("published_seconds")))
+        below = generation
+    return tuple(found)
 
 
 def _parse(data: bytes, limit_bytes: int, what: str) -> dict[str, Any]:

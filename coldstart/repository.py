@@ -4,6 +4,14 @@ Publishing is three steps, each harmless if the process dies after it: blobs (co
 (immutable, a fresh name), the ref (compare-and-swap). Until the ref moves, readers see the previous generation; what
 is left behind by a writer that died is an orphan that nothing names. A restore reads in the reverse order
 and never lists.
+
+What a ref names, the current generation and those before it that are kept, is live. What no ref names may be collected
+(``coldstart.collect``) once it is old. A writer therefore relies on two kinds of blobs only: those of the generation that
+its swap replaces, live until then, and those that it has written, or found young, itself. Whoever changes what is live
+does it by a compare-and-swap of the ref, so a writer whose swap goes through saw the truth; ``coldstart.commit`` looks
+at the new generation once more before that.
+
+A deleted snapshot leaves a tombstone in the ref's place, so that its numbers are never given again.
 """
 
 from __future__ import annotations
@@ -18,13 +26,16 @@ from coldstart.errors import (
     FormatVersionError,
     ManifestError,
     ObjectMissingError,
+    PublishUnknownError,
     StateChangedError,
     StoreError,
     StoreTransientError,
 )
 from coldstart.manifest import (
+    KeyRecord,
     Manifest,
     Ref,
+    Tombstone,
     blob_key,
     check_name,
     manifest_from_json,
@@ -34,19 +45,38 @@ from coldstart.manifest import (
     ref_from_json,
     ref_key,
     ref_to_json,
+    tombstone_from_json,
+    tombstone_to_json,
 )
+from coldstart.store_clock import StoreClock
+from coldstart.succession import may_follow, names, next_number, successor, tombstone, took_effect, without
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
-    from coldstart.manifest import KeyRecord
     from coldstart.stores.base import Store, StoredObject
 
     Reader = Callable[[str], StoredObject | None]
     """Gives an object by its key if it has it."""
 
 COLLECTION_GRACE_SECONDS = 24 * 3600.0
-"""No collector deletes a blob younger than this, by the store's clock; see ``put_blob``."""
+"""No collector deletes an object younger than this, by the store's clock; see ``put_blob``."""
+
+_SWAPS = 5
+"""Times a ref is swapped anew because only what else it names had changed."""
+
+
+class Margins(NamedTuple):
+    """Times that writers and collectors of one store agree on.
+
+    ``settle_seconds``: within this a deletion that the collector decided has taken effect; who relies on a blob that may
+    be one of those looks at it that much later. ``ref_interval_seconds``: between two writes of one ref, which a bucket may
+    limit.
+    """
+
+    grace_seconds: float = COLLECTION_GRACE_SECONDS
+    settle_seconds: float = 120.0
+    ref_interval_seconds: float = 1.0
 
 
 class Lookup(NamedTuple):
@@ -69,24 +99,30 @@ class Repository:
         *,
         clock: Callable[[], float] = time.time,
         unique: Callable[[], str] = lambda: os.urandom(8).hex(),
+        sleep: Callable[[float], None] = time.sleep,
+        margins: Margins = Margins(),  # noqa: B008  a frozen value
     ) -> None:
         self.store = store
+        self.margins = margins
+        self.time = StoreClock(store, clock, unique)
         self._clock = clock
         self._unique = unique
+        self._sleep = sleep
+        self._is_local = store.url.startswith(("file:", "memory:"))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def look_up(self, name: str, key: KeyRecord, *, ahead: Reader | None = None) -> Lookup:
         """The current generation for a key. ``ahead`` may have it read already. Raises StoreError, ManifestError."""
         try:
-            ref, etag = self._read_ref(ref_key(check_name(name), key.digest), ahead)
+            ref, etag = self._read_slot(ref_key(check_name(name), key.digest), ahead)
         except FormatVersionError:
             raise
         except ManifestError as error:
             raise ManifestError(
                 f"{error}; if nobody else can mend it: coldstart snapshot delete {name}", snapshot=name
             ) from error
-        if ref is None:
+        if not isinstance(ref, Ref):
             return Lookup(None, "", self._newest(name))
         if ref.name != name or ref.key.digest != key.digest:
             raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
@@ -105,20 +141,30 @@ class Repository:
         found = None if ahead is None else ahead(key)
         return self.store.get(key) if found is None else found
 
-    def _read_ref(self, key: str, ahead: Reader | None = None) -> tuple[Ref | None, str]:
+    def _read_slot(self, key: str, ahead: Reader | None = None) -> tuple[Ref | Tombstone | None, str]:
+        """What stands in a ref's place, with its etag."""
         try:
             stored = self._get(key, ahead)
         except ObjectMissingError:
             return None, ""
-        return ref_from_json(stored.data), stored.etag
+        return _slot(stored.data), stored.etag
 
     def _newest(self, name: str) -> Ref | None:
         """The newest ref, which only explains and suggests: a malformed one is as good as none."""
         try:
-            newest, _ = self._read_ref(newest_ref_key(name))
+            newest, _ = self._read_slot(newest_ref_key(name))
         except ManifestError:
             return None
-        return newest if newest is not None and newest.name == name else None
+        return newest if isinstance(newest, Ref) and newest.name == name else None
+
+    def is_live(self, key: str, manifest: Manifest) -> bool:
+        """Whether a ref names the generation that is stored under ``key``. Raises StoreError, ManifestError."""
+        ref = self.look_up(manifest.name, manifest.key).ref
+        return ref is not None and names(ref, key)
+
+    def next_generation(self, name: str, key: KeyRecord, ref: Ref | None) -> int:
+        """The number after ``ref``'s; without one, after that of a deleted snapshot. Raises StoreError, ManifestError."""
+        return next_number(ref or self._read_slot(ref_key(name, key.digest))[0])
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -137,14 +183,36 @@ class Repository:
         """Whether a blob of this length is stored that no collector is about to delete.
 
         One older than half the collection's grace could be an orphan whose time is nearly up (the other half is room
-        for clocks that differ and for captures that take hours). Writing it again makes it young.
+        for captures that take hours). Writing it again makes it young.
         """
+        return self.is_young(self.blob_age_seconds(blob, length_bytes))
+
+    def is_young(self, age_seconds: float | None) -> bool:
+        """Whether a blob of this age may be relied on; None is that of one that is not there."""
+        return age_seconds is not None and age_seconds < self.margins.grace_seconds / 2
+
+    def is_settled(self, age_seconds: float | None) -> bool:
+        """Whether a blob of this age, before it was written again if it was, cannot be one that is being deleted.
+
+        One that is new cannot, nor one that was young for longer than a deletion is under way. One that was written a
+        moment ago may have been old before that. A store of this machine looks at the age and deletes in one step.
+        """
+        if age_seconds is None or not self.settle_seconds:
+            return True
+        return self.settle_seconds <= age_seconds and self.is_young(age_seconds)
+
+    @property
+    def settle_seconds(self) -> float:
+        """How long to wait before looking at a blob that is not settled; 0 where the store deletes by age in one step."""
+        return 0.0 if self._is_local else self.margins.settle_seconds
+
+    def blob_age_seconds(self, blob: str, length_bytes: int) -> float | None:
+        """Seconds since a blob was last written, by the store's clock; None if none is there, infinite for another length."""
         try:
             info = self.store.head(blob_key(blob))
         except ObjectMissingError:
-            return False
-        is_young = self._clock() - info.modified_seconds < COLLECTION_GRACE_SECONDS / 2
-        return is_young and info.size_bytes == length_bytes
+            return None
+        return self.time.now() - info.modified_seconds if info.size_bytes == length_bytes else float("inf")
 
     def put_manifest(self, manifest: Manifest) -> str:
         """Store a manifest under a fresh key, and return the key.
@@ -157,61 +225,83 @@ class Repository:
         self.store.put(key, data, if_absent=True)
         return key
 
-    def publish(self, manifest: Manifest, key: str, *, replaces: Lookup) -> Ref:
+    def publish(self, manifest: Manifest, key: str, *, replaces: Lookup, relies_on: str = "") -> Ref:
         """Make the generation stored under ``key`` the current one, if the ref is still what ``replaces`` saw.
 
-        Raises StateChangedError when another writer was first (its generation stays), and StoreError when the store
-        failed and cannot say whether the ref was moved.
+        It is swapped anew where the ref forgot older generations meanwhile, unless one of them is ``relies_on``, a manifest
+        that has to be live until then. Raises StateChangedError when another writer was first (its generation stays),
+        PublishUnknownError when an answer was lost and the ref cannot be read back, and StoreError when the store failed.
         """
-        before = replaces.ref
-        ref = Ref(
-            name=manifest.name,
-            key=manifest.key,
-            generation=manifest.generation,
-            manifest=key,
-            write_id=self._unique(),
-            updated_seconds=round(self._clock(), 3),
-            previous_generation=before.generation if before else 0,
-            previous_manifest=before.manifest if before else "",
-        )
         target = ref_key(manifest.name, manifest.key.digest)
+        before: Ref | Tombstone | None = replaces.ref
+        etag = replaces.etag
+        for _ in range(_SWAPS):
+            ref = successor(manifest, key, before, write_id=self._unique(), now_seconds=self._clock())
+            self._wait_for_turn(before)
+            try:
+                self._swap(target, ref_to_json(ref), etag)
+            except (ConditionFailedError, StoreTransientError) as error:
+                before, etag = self._read_back(target, ref, error)
+                if not took_effect(ref, before):
+                    if isinstance(error, StoreTransientError):
+                        raise
+                    if not may_follow(ref, before, replaces.ref, relies_on=relies_on):
+                        raise _lost(manifest) from error
+                    continue
+            self._point_newest(ref)
+            return ref
+        raise _lost(manifest)
+
+    def _wait_for_turn(self, before: Ref | Tombstone | None) -> None:
+        """Write a ref of a bucket not sooner than a second after its last write, which would be refused (429)."""
+        interval = 0.0 if self._is_local else self.margins.ref_interval_seconds
+        if before is not None and interval:
+            since = self._clock() - before.updated_seconds
+            self._sleep(min(interval, max(0.0, interval - since)))
+
+    def _read_back(self, target: str, ref: Ref, error: StoreError) -> tuple[Ref | Tombstone | None, str]:
+        """What became of a swap that seemed to fail. Raises PublishUnknownError if that cannot be found out."""
         try:
-            self._swap(target, ref, replaces.etag)
-        except (ConditionFailedError, StoreTransientError) as error:
-            self._settle(target, ref, error)
-        self._point_newest(ref)
-        return ref
+            return self._read_slot(target)
+        except (StoreError, ManifestError) as unreadable:
+            raise PublishUnknownError(
+                f"whether generation {ref.generation} of snapshot {ref.name!r} became current is not known: the swap ended"
+                f" with {error}, and the ref cannot be read back: {unreadable}",
+                snapshot=ref.name,
+                key=target,
+            ) from unreadable
 
-    def _settle(self, target: str, ref: Ref, error: StoreError) -> None:
-        """Return if a swap that seemed to fail had taken effect and only its answer was lost; else raise.
-
-        It had if the ref is ours, or was ours when the writer after us replaced it.
-        """
-        current, _ = self._read_ref(target)
-        if current is not None and (current.write_id == ref.write_id or current.previous_manifest == ref.manifest):
-            return
-        if isinstance(error, StoreTransientError):
-            raise error
-        raise StateChangedError(
-            f"another worker published snapshot {ref.name!r} first; its generation is kept", snapshot=ref.name
-        ) from error
-
-    def _swap(self, key: str, ref: Ref, etag: str) -> None:
-        self.store.put(key, ref_to_json(ref), if_absent=not etag, if_match=etag or None)
+    def _swap(self, key: str, data: bytes, etag: str) -> None:
+        self.store.put(key, data, if_absent=not etag, if_match=etag or None)
 
     def _point_newest(self, ref: Ref) -> None:
         """Let ``refs/<name>/newest`` follow. A convenience for people: failing, or losing a race, loses nothing."""
         key = newest_ref_key(ref.name)
         try:
-            self._swap(key, ref, self._etag(key))
+            try:
+                stored = self.store.get(key)
+            except ObjectMissingError:
+                self._swap(key, ref_to_json(ref), "")
+                return
+            self._wait_for_turn(_slot_or_none(stored.data))
+            self._swap(key, ref_to_json(ref), stored.etag)
         except StoreError:
             return
 
-    def _etag(self, key: str) -> str:
+    def forget(self, key: str, manifests: Collection[str]) -> bool:
+        """Let the ref at ``key`` no longer name ``manifests``, which are not its current one; False if it changed meanwhile.
+
+        Only a collector does this. Raises StoreError, ManifestError.
+        """
+        ref, etag = self._read_slot(key)
+        if not isinstance(ref, Ref) or ref.manifest in manifests:
+            return False
+        self._wait_for_turn(ref)
         try:
-            return self.store.get(key).etag
-        except ObjectMissingError:
-            return ""
+            self._swap(key, ref_to_json(without(ref, manifests, write_id=self._unique())), etag)
+        except ConditionFailedError:
+            return False
+        return True
 
     def write_start_record(self, name: str, record: dict[str, Any]) -> None:
         """Store one start record. Raises StoreError."""
@@ -227,27 +317,79 @@ class Repository:
             if info.key.endswith("/newest"):
                 continue
             try:
-                ref, _ = self._read_ref(info.key)
+                ref, _ = self._read_slot(info.key)
             except ManifestError as error:
                 yield info.key, error
                 continue
-            if ref is not None:  # else deleted since it was listed
+            if isinstance(ref, Ref):  # else deleted
                 yield info.key, ref
 
     def delete(self, name: str, key_digest: str | None = None) -> list[str]:
-        """Delete the refs of a snapshot (of one key, or all), and with all of them its manifests.
+        """Delete a snapshot (of one key, or all), and with all of them the manifests that its refs name.
 
-        Blobs, and the manifests of a single key, are left to the collector. Returns the deleted object keys. Refs go
-        first, so that no reader finds a ref without its manifest.
+        A tombstone takes the place of each ref. Blobs, manifests of a single key and those that nothing names are left to
+        the collector. Returns the keys of what went. Refs go first, so that no reader finds one without its manifest.
         """
         listed = [info.key for info in self.store.list(f"refs/{check_name(name)}/")]
+        newest = self._newest(name)
+        doomed, buried = [], []
+        for key in sorted(listed):
+            if key != newest_ref_key(name) and key_digest in (None, key.rpartition("/")[2]):
+                is_new, tombstone = self._bury(name, key)
+                doomed += [key] * is_new
+                buried.append(tombstone)
+        if newest_ref_key(name) in listed and (key_digest is None or (newest and newest.key.digest == key_digest)):
+            self.store.delete(newest_ref_key(name))
+            doomed.append(newest_ref_key(name))
         if key_digest is None:
-            doomed = listed + [info.key for info in self.store.list(f"manifests/{name}/")]
-        else:
-            doomed = [key for key in listed if key == ref_key(name, key_digest)]
-            newest = self._newest(name)
-            if newest is not None and newest.key.digest == key_digest:
-                doomed.append(newest_ref_key(name))
-        for key in doomed:
-            self.store.delete(key)
+            named = {entry.manifest for tombstone in buried for entry in tombstone.history}
+            gone = [info.key for info in self.store.list(f"manifests/{name}/") if info.key in named]
+            for key in gone:
+                self.store.delete(key)
+            doomed += gone
         return doomed
+
+    def _bury(self, name: str, key: str) -> tuple[bool, Tombstone]:
+        """Put a tombstone in the place of a ref, of a damaged one too; False if there was one."""
+        for _ in range(_SWAPS):
+            stored = self.store.get(key)
+            found = _slot_or_none(stored.data)
+            if isinstance(found, Tombstone):
+                return False, found
+            grave = tombstone(
+                found,
+                name,
+                found.key if found else KeyRecord(key.rpartition("/")[2], {}),
+                highest=0 if found else self._highest_number(name),
+                write_id=self._unique(),
+                now_seconds=self._clock(),
+            )
+            self._wait_for_turn(found)
+            try:
+                self._swap(key, tombstone_to_json(grave), stored.etag)
+            except ConditionFailedError:
+                continue
+            return True, grave
+        raise StateChangedError(f"snapshot {name!r} is being written by others: delete it again", snapshot=name)
+
+    def _highest_number(self, name: str) -> int:
+        keys = [info.key.rpartition("/")[2] for info in self.store.list(f"manifests/{name}/")]
+        return max((int(key.partition("-")[0]) for key in keys if key.partition("-")[0].isdecimal()), default=0)
+
+
+def _lost(manifest: Manifest) -> StateChangedError:
+    name = manifest.name
+    return StateChangedError(f"another worker published snapshot {name!r} first; its generation is kept", snapshot=name)
+
+
+def _slot(data: bytes) -> Ref | Tombstone:
+    """What stands in a ref's place. Raises ManifestError."""
+    tombstone_or_none = tombstone_from_json(data) if b'"deleted"' in data else None
+    return tombstone_or_none or ref_from_json(data)
+
+
+def _slot_or_none(data: bytes) -> Ref | Tombstone | None:
+    try:
+        return _slot(data)
+    except ManifestError:
+        return None

@@ -1,7 +1,9 @@
 """Making a new generation, off the request path: when, and in which order.
 
-The order: wait for an idle moment, see that no event has changed the weights, write blobs and manifest, prove the
-generation in a fresh process, move the ref. Any failure ends here as an event and a reason; it never reaches a request.
+The order: wait for an idle moment, see that no event has changed the weights, take the snapshot's lease, write blobs and
+manifest, prove the generation in a fresh process, look at what is stored, move the ref. Any failure ends here as an event and
+a reason; it never reaches a request. Who does not get the lease leaves the capture to who has it, and asks again in a while, as
+long as the snapshot is missing.
 
 A restored worker that is to make none does not import this module, nor what it stands on.
 """
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +28,10 @@ from coldstart.errors import (
     StateChangedError,
     StoreError,
 )
+from coldstart.leases import Held, hold
 from coldstart.program_making import ProgramMaking
 from coldstart.programs.placing import place
+from coldstart.programs.record import programs_of
 from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
 from coldstart.refusals import note_refusal, refusal
@@ -36,11 +41,12 @@ from coldstart.save.priority import hurry, lower_priority
 from coldstart.save.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from coldstart.capture import Capture, Written
     from coldstart.errand import Origin
     from coldstart.frameworks import Survey
+    from coldstart.leases import Holding
     from coldstart.metrics import Transfers
     from coldstart.program_start import Accepted
     from coldstart.repository import Lookup, Repository
@@ -108,6 +114,8 @@ class Outcome(NamedTuple):
 NOT_COMPARED = "a fresh process started from it, but no answers were compared; give warmup= inputs whose answers repeat"
 """What is said of a generation whose proof was its start alone."""
 
+OVERTAKEN = "another worker published this snapshot meanwhile; its generation is kept"
+
 _LAST_PUTS_SECONDS = 5.0
 """How long puts that are under way when a capture fails may take."""
 _REAP_SECONDS = 0.5
@@ -115,6 +123,10 @@ _REAP_SECONDS = 0.5
 
 POLL_SECONDS = 0.5
 """How often a policy's conditions are looked at."""
+
+
+_Make = Callable[[Plan, float], Outcome]
+"""Carries a plan out, begun at a moment of the monotonic clock."""
 
 
 class Resnapshot:
@@ -151,6 +163,9 @@ class Resnapshot:
         self._group = 0
         """The process group that is at work for this worker, 0 if none is."""
         self._is_waited_for = False
+        self._holding: Holding | None = None
+        self._postponed: list[tuple[float, Plan, _Make]] = []
+        """Plans that another worker is at, each with the moment when to ask again."""
         self._stopping = threading.Event()
         self._stop_seconds = 0.0
         """The moment when what is under way has to be over, once ``stop`` was called."""
@@ -188,13 +203,21 @@ class Resnapshot:
                 self._attempt(plan, self._make_program)
         self._first_done.set()
         due = [_Due(plan, self._policy, self._served()) for plan in self._plans]
-        while self._policy != Policy() and not self._stopping.wait(POLL_SECONDS):
+        while (self._policy != Policy() or self._postponed) and not self._stopping.wait(POLL_SECONDS):
+            self._attempt_postponed()
             for condition in due:
                 if condition.is_met(self._served()):
                     self._attempt(condition.plan, self._make)
                     condition.restart(self._served())
 
-    def _attempt(self, plan: Plan, make: Callable[[Plan, float], Outcome]) -> None:
+    def _attempt_postponed(self) -> None:
+        now = time.monotonic()
+        due = [each for each in self._postponed if each[0] <= now]
+        self._postponed = [each for each in self._postponed if each[0] > now]
+        for _, plan, make in due:
+            self._attempt(plan, make)
+
+    def _attempt(self, plan: Plan, make: _Make) -> None:
         began = time.monotonic()
         try:
             outcome = make(plan, began)
@@ -210,6 +233,9 @@ class Resnapshot:
 
     def _end_writing(self) -> None:
         """After a failure other puts may be under way: one that is cut off leaves a temporary file in a folder."""
+        holding, self._holding = self._holding, None
+        if holding is not None:
+            holding.end()
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.saver.stop()
@@ -222,6 +248,8 @@ class Resnapshot:
             return Outcome.none("the worker ended before its state was captured")
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
+        if plan.due_at_once and _is_overtaken(repository, plan.capture, replaces):
+            return self._skip(plan, OVERTAKEN)
         reason = "no usable snapshot" if plan.due_at_once else "policy"
         return self._write_and_publish(plan, replaces, repository, began, reason)
 
@@ -241,20 +269,26 @@ class Resnapshot:
         earlier = "" if wish.is_fresh else refusal(repository.store, name, key, identity)
         if earlier:
             return Outcome.none(f"it was tried before: {earlier}")._replace(program=wish.backend)
+        taken = hold(repository, name)
+        if isinstance(taken, Held):
+            return self._postpone(plan, taken, "", self._make_program)
+        self._holding = taken
+        replaces = repository.look_up(name, key)
+        if not wish.is_fresh and _has_program(repository, replaces, accepted.identities[0], wish.options):
+            return self._skip(plan, "another worker made the program")
         try:
-            return self._make_and_publish_program(plan, repository, began)
+            return self._make_and_publish_program(plan, replaces, repository, began)
         except (ExportError, ProofError) as error:
             if not self._stopping.is_set():
                 note_refusal(repository.store, name, key, identity, str(error))
             raise
 
-    def _make_and_publish_program(self, plan: Plan, repository: Repository, began: float) -> Outcome:
+    def _make_and_publish_program(self, plan: Plan, replaces: Lookup, repository: Repository, began: float) -> Outcome:
         import tempfile
         from pathlib import Path
 
         wish = plan.program
         assert wish is not None
-        replaces = repository.look_up(plan.capture.name, plan.capture.key)
         with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
             pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
@@ -267,7 +301,7 @@ class Resnapshot:
             placed = place(Path(folder), plan.capture.survey)
             capture = plan.capture._replace(program=placed, outside=wish.outside, mends=False)
             outcome = self._write_and_publish(
-                plan._replace(capture=capture),
+                plan._replace(capture=capture, due_at_once=False),
                 replaces,
                 repository,
                 began,
@@ -287,11 +321,18 @@ class Resnapshot:
     ) -> Outcome:
         self._check_unchanged(plan)
         capture = _with_parent(plan.capture, replaces, repository)
-        self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self._stopping
         )
         saver = self._writing.saver
+        if self._holding is None:
+            taken = hold(saver.repository, capture.name)
+            if isinstance(taken, Held):
+                return self._postpone(plan, taken, saver.engine, self._make)
+            self._holding = taken
+        if _is_overtaken(repository, capture, replaces):  # by who had the lease before
+            return self._skip(plan, OVERTAKEN, saver.engine)
+        self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         with self._between_events(saver.group):
             written = self._writing.write(self._pace)
         self._check_unchanged(plan)
@@ -305,8 +346,19 @@ class Resnapshot:
         compared = proof.run(capture.warmup_digests)
         if self._stopping.is_set():
             return Outcome.none("the worker ended before the generation was published", saver.engine)
+        self._writing.confirm(written)
         saver.repository.publish(written.manifest, written.manifest_key, replaces=replaces)
         return self._published(written, time.monotonic() - began, "" if compared else NOT_COMPARED, saver.engine)
+
+    def _postpone(self, plan: Plan, held: Held, engine: str, make: _Make) -> Outcome:
+        """Leave a capture to who has the lease. What a policy asks for is not asked for again."""
+        if plan.due_at_once or make == self._make_program:
+            self._postponed.append((time.monotonic() + held.retry_seconds(), plan, make))
+        return self._skip(plan, f"{held.owner} captures this snapshot", engine)
+
+    def _skip(self, plan: Plan, reason: str, engine: str = "") -> Outcome:
+        self._bus.publish(events.CaptureSkipped(plan.capture.name, reason))
+        return Outcome.none(reason, engine)
 
     @contextmanager
     def _between_events(self, group: int) -> Iterator[None]:
@@ -353,6 +405,8 @@ class Resnapshot:
         """Between two chunks: give way to events for a moment, and end when the worker does."""
         if self._stopping.is_set():
             raise CaptureError(STOPPED)
+        if self._holding is not None:
+            self._holding.keep()
         self._idle(0.0)
 
     def _check_unchanged(self, plan: Plan) -> None:
@@ -367,6 +421,17 @@ class Resnapshot:
                 " from the changed bytes",
                 snapshot=plan.capture.name,
             )
+
+
+def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:
+    """Whether the current generation has this program already, as it is wished for."""
+    if replaces.ref is None:
+        return False
+    try:
+        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
+    except (StoreError, ManifestError):
+        return False
+    return any((each.id, each.options) == (identity, options) for each in programs_of(manifest.programs))
 
 
 class _Due:
@@ -400,13 +465,21 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     """
     parent, parent_key = None, ""
     known = replaces.ref or replaces.newest
+    if replaces.ref is None and known is not None and known.key.digest == capture.key.digest:
+        known = None  # of a deleted snapshot, whose blobs are the collector's
     if known is not None:
         try:
             parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
         except (StoreError, ManifestError):
             parent, parent_key = None, ""
-    generation = (replaces.ref.generation if replaces.ref else 0) + 1
+    generation = repository.next_generation(capture.name, capture.key, replaces.ref)
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
+
+
+def _is_overtaken(repository: Repository, capture: Capture, replaces: Lookup) -> bool:
+    """Whether a generation was published since ``replaces`` was looked up: then nothing need be written."""
+    current = repository.look_up(capture.name, capture.key).ref
+    return current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest)
 
 
 def marks_of(survey: Survey) -> dict[str, Any]:

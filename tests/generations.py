@@ -214,10 +214,10 @@ class AtPace:
         self.calls += 1
 
 
-def publish(repository, *, key=KEY, name="model", replaces=None):
+def publish(repository, *, key=KEY, name="model", replaces=None, generation=None):
     """Write the next generation after what ``replaces`` saw (default: what is there now), and make it current."""
     replaces = replaces or repository.look_up(name, key)
-    generation = replaces.ref.generation + 1 if replaces.ref else 1
+    generation = generation or repository.next_generation(name, key, replaces.ref)
     manifest = manifest_of(name, generation, key)
     return repository.publish(manifest, repository.put_manifest(manifest), replaces=replaces)
 

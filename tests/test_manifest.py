@@ -27,8 +27,10 @@ from coldstart.manifest import (
     Leaf,
     Manifest,
     Pool,
+    Published,
     Ref,
     Segment,
+    Tombstone,
     blob_key,
     check_file_name,
     check_name,
@@ -40,6 +42,8 @@ from coldstart.manifest import (
     ref_from_json,
     ref_key,
     ref_to_json,
+    tombstone_from_json,
+    tombstone_to_json,
 )
 from coldstart.stores.base import check_key
 
@@ -284,6 +288,22 @@ HOSTILE_REFS = {
     "null": spoil(REFERENCE, "key", None),
     "digest is no digest": spoil(REFERENCE, "key.digest", "../../" + "0" * 26),
     "more than a key": spoil(REFERENCE, "key.more", 1),
+    "history is no list": spoil(REFERENCE, "history", {"6": 1}),
+    "history of texts": spoil(REFERENCE, "history", ["manifests/minilm/000006-aa"]),
+    "history of short rows": spoil(REFERENCE, "history", [[6, "manifests/minilm/000006-aa"]]),
+    "history of another snapshot": spoil(REFERENCE, "history", [[6, "manifests/other/000006-aa", 1.0]]),
+    "history of another number": spoil(REFERENCE, "history", [[5, "manifests/minilm/000006-aa", 1.0]]),
+    "history without a manifest": spoil(REFERENCE, "history", [[6, "", 1.0]]),
+    "history that names the current one": spoil(REFERENCE, "history", [[7, "manifests/minilm/000007-aa", 1.0]]),
+    "history out of order": spoil(
+        REFERENCE, "history", [[5, "manifests/minilm/000005-aa", 1.0], [6, "manifests/minilm/000006-aa", 1.0]]
+    ),
+    "history with a time that is none": spoil(REFERENCE, "history", [[6, "manifests/minilm/000006-aa", -1.0]]),
+    "long history": spoil(
+        {**REFERENCE, "generation": 100, "manifest": "manifests/minilm/000100-aa"},
+        "history",
+        [[99 - index, f"manifests/minilm/{99 - index:06d}-aa", 1.0] for index in range(65)],
+    ),
     "deep": b'{"a":' * 100_000,
     "deep list": b"[" * 60_000 + b"]" * 60_000,
 }
@@ -294,6 +314,29 @@ def test_hostile_refs_are_refused(data):
     """Each is a ManifestError: a worker that finds it starts cold."""
     with pytest.raises(ManifestError):
         ref_from_json(data)
+
+
+def test_history_reads_back():
+    """A ref says which generations before it are kept; one of before there was a history names the one before."""
+    earlier = tuple(Published(number, f"manifests/minilm/{number:06d}-aa", 10.0 * number) for number in (6, 4, 3))
+    ref = REF._replace(history=earlier)
+    assert ref_from_json(ref_to_json(ref)) == ref
+    assert ref.named == (Published(7, REF.manifest, REF.updated_seconds), *earlier)
+    assert REF.named == (ref.named[0], Published(6, REF.previous_manifest, 0.0))
+
+
+def test_tombstones_are_no_refs():
+    """A tombstone reads back as what it is, no reader takes it for a ref, and a ref is none."""
+    history = (Published(7, REF.manifest, 1.0), Published(6, REF.previous_manifest, 0.0))
+    tombstone = Tombstone("minilm", KEY, 7, "0123", 5.0, history)
+    data = tombstone_to_json(tombstone)
+    assert tombstone_from_json(data) == tombstone
+    assert tombstone_from_json(ref_to_json(REF)) is None
+    with pytest.raises(ManifestError):
+        ref_from_json(data)
+    for path, value in (("generation", -1), ("name", ".."), ("key.digest", "x"), ("history", [[8, REF.manifest, 1.0]])):
+        with pytest.raises(ManifestError):
+            tombstone_from_json(spoil(json.loads(data), path, value))
 
 
 def test_first_ref_has_no_previous_manifest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,10 @@ from coldstart.manifest import (
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "manifest-v1.json").read_bytes())
 GOLDEN_REF = json.loads((Path(__file__).parent / "golden" / "ref-v1.json").read_bytes())
+GOLDEN_HISTORY = {
+    **GOLDEN_REF,
+    "history": [[5, "manifests/minilm/000005-aa", 5.5], [3, "manifests/minilm/000003-bb", 3]],
+}
 KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 TEBIBYTE = 1 << 40
 
@@ -190,6 +195,12 @@ class Oracle(BaseModel):
         return self
 
 
+class Earlier(Strict):
+    generation: Count
+    manifest: Text
+    published_seconds: Seconds
+
+
 class RefOracle(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -202,6 +213,7 @@ class RefOracle(BaseModel):
     updated_seconds: Seconds
     previous_generation: Count
     previous_manifest: Text
+    history: Annotated[list[Annotated[list[Any], Field(min_length=3, max_length=3)]], Field(max_length=64)] = []
 
     @model_validator(mode="after")
     def whole(self):
@@ -209,6 +221,10 @@ class RefOracle(BaseModel):
         assert (
             self.previous_manifest == "" or manifest_name(self.previous_manifest, self.previous_generation) == self.name
         )
+        earlier = [Earlier(generation=row[0], manifest=row[1], published_seconds=row[2]) for row in self.history]
+        numbers = [self.generation, *(entry.generation for entry in earlier)]
+        assert all(newer > older for newer, older in pairwise(numbers))
+        assert all(manifest_name(entry.manifest, entry.generation) == self.name for entry in earlier)
         return self
 
 
@@ -453,7 +469,7 @@ def test_spoiled_manifests_get_the_same_verdict(data, document, times):
 @settings(max_examples=200)
 def test_spoiled_refs_get_the_same_verdict(data, times):
     """The same for refs."""
-    document = GOLDEN_REF
+    document = data.draw(st.sampled_from([GOLDEN_REF, GOLDEN_HISTORY]))
     for _ in range(times):
         document = spoil(data.draw, document)
     expected, got = verdicts(document, RefOracle, ref_from_json)
@@ -461,7 +477,12 @@ def test_spoiled_refs_get_the_same_verdict(data, times):
 
 
 @pytest.mark.parametrize(
-    ("document", "model", "read"), [(GOLDEN, Oracle, manifest_from_json), (GOLDEN_REF, RefOracle, ref_from_json)]
+    ("document", "model", "read"),
+    [
+        (GOLDEN, Oracle, manifest_from_json),
+        (GOLDEN_REF, RefOracle, ref_from_json),
+        (GOLDEN_HISTORY, RefOracle, ref_from_json),
+    ],
 )
 def test_golden_documents_are_accepted_by_both(document, model, read):
     """The golden documents are what both descriptions mean by version 1."""

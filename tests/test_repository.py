@@ -179,7 +179,7 @@ def test_a_lost_answer_counts_when_the_next_writer_has_built_on_it(repository, o
     store.inject(Fault("transient_after", "put", key=REF))
     seen = repository.look_up("model", KEY)
     store.actions.append(lambda: publish(other))
-    ref = publish(repository, replaces=seen)
+    ref = publish(repository, replaces=seen, generation=1)
     current = other.look_up("model", KEY).ref
     assert (current.generation, current.previous_manifest) == (2, ref.manifest)
 

@@ -234,7 +234,7 @@ def test_the_newest_key_is_deleted_with_its_newest_ref(repository):
 
 
 def test_all_of_a_snapshot_is_deleted(repository, memory):
-    """Refs and manifests of all keys go, other names and the blobs stay, and the number begins anew."""
+    """Refs and manifests of all keys go, other names and the blobs stay, and the numbers go on where they ended."""
     publish(repository)
     publish(repository)
     publish(repository, key=OTHER_KEY)
@@ -244,9 +244,12 @@ def test_all_of_a_snapshot_is_deleted(repository, memory):
     assert len([key for key in deleted if key.startswith("refs/")]) == 3
     assert len([key for key in deleted if key.startswith("manifests/")]) == 3
     assert {info.key for info in memory.list("")} == {
+        REF, ref_key("model", OTHER_KEY.digest),  # tombstones, which say the last number
         ref_key("model2", KEY.digest), newest_ref_key("model2"), kept.manifest, blob_key(hash_of(b"blob"))
     }  # fmt: skip
-    assert publish(repository).generation == 1
+    assert list(repository.refs("model")) == []
+    assert publish(repository).generation == 3
+    assert publish(repository, key=OTHER_KEY).generation == 2
 
 
 def test_deleting_the_unknown_deletes_nothing(repository):

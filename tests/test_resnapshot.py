@@ -18,7 +18,7 @@ from coldstart.errand import Origin
 from coldstart.errors import ProofError, StoreError
 from coldstart.fetch import Address
 from coldstart.frameworks import survey
-from coldstart.manifest import blob_key
+from coldstart.manifest import blob_key, newest_ref_key
 from coldstart.metrics import Transfers
 from coldstart.repository import Repository
 from coldstart.resnapshot import Plan, Resnapshot, changed_paths, marks_of
@@ -244,6 +244,30 @@ def test_unreadable_parent(world: World) -> None:
     (outcome,) = world.made(world.plan(weights()))
     assert (outcome.published, outcome.generation) == (True, 2)
     assert world.current().parent == ""
+
+
+def test_parent_of_a_deleted_snapshot(world: World) -> None:
+    """What a deleted snapshot's newest ref still names is nothing to build on: its blobs are the collector's."""
+    world.made(world.plan(weights()))
+    newest = world.store.get(newest_ref_key("model")).data
+    world.repository.delete("model", KEY.digest)
+    world.store.put(newest_ref_key("model"), newest)
+    (outcome,) = world.made(world.plan(weights()))
+    assert (outcome.published, outcome.generation) == (True, 2)
+    assert world.current().parent == ""
+
+
+def test_what_the_store_loses_before_the_ref_moves(world: World, proven: type[Proven]) -> None:
+    """A blob that goes while the generation is proven keeps it from becoming current, and the lease is free again."""
+    proven.at_run = staticmethod(
+        lambda proof: [world.store.delete(info.key) for info in list(world.store.list("blobs/"))] and None
+    )
+    (outcome,) = world.made(world.plan(weights()))
+    assert not outcome.published
+    assert "nothing is stored under 'blobs/" in outcome.reason
+    assert world.look_up().ref is None
+    proven.at_run = staticmethod(lambda proof: None)
+    assert world.made(world.plan(weights()))[0].published
 
 
 def test_damaged_blobs_are_mended(world: World) -> None:

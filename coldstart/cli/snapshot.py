@@ -1,4 +1,4 @@
-"""``coldstart snapshot list | show | verify | delete``: what is in the store."""
+"""``coldstart snapshot list | show | verify | delete | rollback | gc``: what is in the store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from coldstart.cli import generations
 from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("snapshot", help="list, show, verify or delete snapshots")
+    parser = subparsers.add_parser("snapshot", help="list, show, verify, delete, roll back or collect snapshots")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text, action in (
         ("list", "every snapshot with its current generation", _list),
@@ -32,9 +33,18 @@ def add_parser(subparsers: Any) -> None:
             one.add_argument("--key", help="only this key (or its first digits); default: the newest, for delete all")
         if name == "delete":
             one.add_argument("--yes", action="store_true", help="do not ask")
-        one.add_argument("--json", action="store_true", help="print JSON")
-        one.add_argument("--store", metavar="URL", help="the store (default: COLDSTART_STORE)")
-        one.set_defaults(run=run, act=action)
+        one.set_defaults(act=action)
+        _add_common(one)
+    _add_common(generations.add_gc(actions))
+    rollback = generations.add_rollback(actions)
+    rollback.set_defaults(act=lambda options, found: generations.roll_back(options, found, _chosen(options, found)))
+    _add_common(rollback)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--store", metavar="URL", help="the store (default: COLDSTART_STORE)")
+    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -120,6 +130,7 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
         "name": manifest.name,
         "generation": manifest.generation,
         "previous": ref.previous_generation or None,
+        "kept": ", ".join(str(entry.generation) for entry in ref.named),
         "created": _time(manifest.created_seconds),
         "rung": manifest.rung,
         "device": manifest.device_type,

@@ -66,7 +66,10 @@ class Task(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """How a chunk is stored. ``is_written``: it was not there before."""
+    """How a chunk is stored. ``is_written``: it was not there before, or could not be relied on.
+
+    ``is_settled``: no collector had decided to delete it before it was written, or found; see ``Repository.is_settled``.
+    """
 
     raw_hash: str
     codec: str
@@ -74,6 +77,7 @@ class Saved(NamedTuple):
     blob: str
     stored_bytes: int
     is_written: bool
+    is_settled: bool = True
 
 
 class Saver(ABC):

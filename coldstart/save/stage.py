@@ -65,9 +65,13 @@ class Stage:
         known = self._terms.known.get((raw_hash, item_bytes, length_bytes))
         if known is None:
             return None
-        if not self._terms.known_stays and not self._repository.has_blob(known.blob, known.stored_bytes):
+        saved = Saved(raw_hash, known.codec, known.parameters, known.blob, known.stored_bytes, is_written=False)
+        if self._terms.known_stays:
+            return saved
+        age_seconds = self._repository.blob_age_seconds(known.blob, known.stored_bytes)
+        if not self._repository.is_young(age_seconds):
             return None
-        return Saved(raw_hash, known.codec, known.parameters, known.blob, known.stored_bytes, is_written=False)
+        return saved._replace(is_settled=self._repository.is_settled(age_seconds))
 
     def codec_of(self, segment: int, item_bytes: int, raw: memoryview) -> str:
         """The segment's codec: chosen once, from a sample of the first chunk that this is asked for."""
@@ -82,13 +86,15 @@ class Stage:
         if len(stored) >= len(raw):
             codec, stored, parameters = "raw", raw, {}
         blob = hash_of(stored)
-        is_written = self._is_first(blob) and not (
-            self._terms.relies_on_stored and self._repository.has_blob(blob, len(stored))
-        )
+        if not self._is_first(blob):
+            return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)
+        age_seconds = self._repository.blob_age_seconds(blob, len(stored))
+        is_written = not (self._terms.relies_on_stored and self._repository.is_young(age_seconds))
         if is_written:
             self._rate.wait(len(stored))
             self._repository.put_blob(blob, stored, rely_on_stored=False)
-        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=is_written)
+        is_settled = self._repository.is_settled(age_seconds)
+        return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=is_written, is_settled=is_settled)
 
     def _is_first(self, blob: str) -> bool:
         """Whether no other chunk of this generation is stored as these bytes. If storing that one fails, all of it does."""

@@ -150,6 +150,13 @@ class StoreWrapper(Store):
         self._store.close()
 
 
+def innermost(store: Store) -> Store:
+    """The store that all wrappers around it stand on: what it is asked is asked once, and answered by no copy."""
+    while isinstance(store, StoreWrapper):
+        store = store._store  # noqa: SLF001  a wrapper's own
+    return store
+
+
 def check_key(key: str) -> str:
     """Return ``key`` if it is a legal object key, else raise StoreSetupError (a bug or a hostile manifest)."""
     if not _KEY.match(key):

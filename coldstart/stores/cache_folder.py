@@ -216,6 +216,13 @@ class CacheFolder:
         finally:
             os.close(file)
 
+    def names(self, kind: Kind) -> Iterator[tuple[str, float]]:
+        """Every copy of a kind, with its last use in Unix seconds. A folder that is not there is an empty one."""
+        for file in self._files():
+            folder, name = file.path.split("/")[-2:]
+            if folder == kind and _is_copy(file.path):
+                yield name, file.used_seconds
+
     def usage(self) -> Usage:
         """Count the copies and their bytes. A folder that is not there is an empty one."""
         copies = [file for file in self._files() if _is_copy(file.path)]

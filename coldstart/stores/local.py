@@ -181,6 +181,21 @@ class LocalStore(Store):
             os.unlink(path)
             _sync_folder(folder)
 
+    def delete_older(self, key: str, before_seconds: float) -> bool:
+        """Remove the file if it was last written before that moment; False if it was not, or is not there.
+
+        No writer comes in between: writers take the same lock for their last step.
+        """
+        path = self._path(key)
+        folder = os.path.dirname(path)
+        with _writing(key, path), suppress(FileNotFoundError, NotADirectoryError), _locked(folder):
+            if os.stat(path, follow_symlinks=False).st_mtime >= before_seconds:
+                return False
+            os.unlink(path)
+            _sync_folder(folder)
+            return True
+        return False
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """As the contract says. Temporary files whose writer died more than a day ago are removed on the way."""
         if prefix:

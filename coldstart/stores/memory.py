@@ -95,6 +95,15 @@ class MemoryStore(Store):
         with self._lock:
             self._entries.pop(check_key(key), None)
 
+    def delete_older(self, key: str, before_seconds: float) -> bool:
+        """Forget the object if it was last written before that moment, in one step; False if it was not, or is not there."""
+        with self._lock:
+            entry = self._entries.get(check_key(key))
+            if entry is None or entry.modified_seconds >= before_seconds:
+                return False
+            del self._entries[key]
+        return True
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects of the moment of the call."""
         if prefix:
