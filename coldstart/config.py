@@ -150,6 +150,12 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("secret_access_key", _SECRET, "", "credential of the store", secret=True, also=("AWS_SECRET_ACCESS_KEY",)),
     _setting("session_token", _SECRET, "", "credential of the store", secret=True, also=("AWS_SESSION_TOKEN",)),
     _setting("r2_account_id", _ACCOUNT, "", "the Cloudflare account of r2:// addresses"),
+    _setting(
+        "trust_store",
+        kinds.flag(),
+        False,
+        "execute unsigned programs and kernel caches of the store; a folder of this user's own needs no such word",
+    ),
 )
 _BY_FIELD = {setting.field: setting for setting in SETTINGS}
 _CREDENTIALS = ("access_key_id", "secret_access_key", "session_token")
@@ -188,6 +194,7 @@ class Settings(NamedTuple):
     secret_access_key: str
     session_token: str
     r2_account_id: str
+    trust_store: bool
     sources: Mapping[str, Source]
     """Field -> where its value came from."""
 
