@@ -206,6 +206,8 @@ class Ref(NamedTuple):
     previous_generation: int
     previous_manifest: str
     """Key of the manifest before this one, "" for the first generation."""
+    signature: str = ""
+    """See ``signing``. Not written where it is ""."""
 
 
 def check_name(name: object) -> str:
@@ -275,6 +277,8 @@ def manifest_to_json(manifest: Manifest) -> bytes:
 def ref_to_json(ref: Ref) -> bytes:
     """The canonical bytes of a ref."""
     document: dict[str, Any] = ref._asdict()
+    if not ref.signature:
+        del document["signature"]
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": ref.key.digest, "parts": dict(ref.key.parts)}
     return _canonical(document)
@@ -344,6 +348,7 @@ def ref_from_json(data: bytes) -> Ref:
         updated_seconds=fields.seconds("updated_seconds"),
         previous_generation=previous,
         previous_manifest=fields.manifest_key("previous_manifest", name=name, generation=previous, empty=True),
+        signature=fields.text("signature") if "signature" in fields.document else "",
     )
 
 

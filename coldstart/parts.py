@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from coldstart.save import Saving
 
 
+UNSIGNED = (
+    "this worker has no signing key (COLDSTART_SIGNING_KEY), and what is not signed is refused (COLDSTART_SIGNATURES)"
+)
+
+
 class Part:
     """One part of a state in one start."""
 
@@ -354,5 +359,12 @@ class Parts:
 
     def wants_capture(self, part: Part) -> bool:
         """Whether a part that was loaded may be captured: it has a key, a readable store, and nobody said no."""
-        settings = self._services.settings
-        return part.key is not None and settings.capture and part.lookup is not None and not self._services.pinned
+        return not self.why_no_capture(part)
+
+    def why_no_capture(self, part: Part) -> str:
+        """Why a part may not be captured, "" if it may."""
+        if part.key is None or part.lookup is None:
+            return part.reason or NO_STORE
+        if not self._services.settings.capture or self._services.pinned:
+            return "captures are switched off"
+        return UNSIGNED if self.open_repository().seals.refuses_own else ""

@@ -21,6 +21,7 @@ from coldstart.errors import (
     StateChangedError,
     StoreError,
     StoreTransientError,
+    UntrustedError,
 )
 from coldstart.manifest import (
     Manifest,
@@ -35,6 +36,7 @@ from coldstart.manifest import (
     ref_key,
     ref_to_json,
 )
+from coldstart.signing import Seals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,54 +54,71 @@ COLLECTION_GRACE_SECONDS = 24 * 3600.0
 class Lookup(NamedTuple):
     """The answer to "is there a snapshot for this key?": its ref and etag, or None.
 
-    ``newest`` is the ref itself or, without one, that of the name's newest other key.
+    ``newest`` is the ref itself or, without one, that of the name's newest other key. ``distrust``: why the ref must not
+    be used, though a new generation may replace it.
     """
 
     ref: Ref | None
     etag: str
     newest: Ref | None
+    distrust: str = ""
 
 
 class Repository:
-    """All snapshots of one store."""
+    """All snapshots of one store. ``seals`` signs what is written here, and judges what is read."""
 
     def __init__(
         self,
         store: Store,
         *,
+        seals: Seals = Seals(),  # noqa: B008  it checks nothing
         clock: Callable[[], float] = time.time,
         unique: Callable[[], str] = lambda: os.urandom(8).hex(),
     ) -> None:
         self.store = store
+        self.seals = seals
         self._clock = clock
         self._unique = unique
+
+    def through(self, store: Store) -> Repository:
+        """The same snapshots, read and written by another way."""
+        return Repository(store, seals=self.seals, clock=self._clock, unique=self._unique)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def look_up(self, name: str, key: KeyRecord, *, ahead: Reader | None = None) -> Lookup:
         """The current generation for a key. ``ahead`` may have it read already. Raises StoreError, ManifestError."""
+        target = ref_key(check_name(name), key.digest)
         try:
-            ref, etag = self._read_ref(ref_key(check_name(name), key.digest), ahead)
+            stored = self._get(target, ahead)
+            ref = ref_from_json(stored.data)
+        except ObjectMissingError:
+            return Lookup(None, "", self._newest(name))
         except FormatVersionError:
             raise
         except ManifestError as error:
             raise ManifestError(
                 f"{error}; if nobody else can mend it: coldstart snapshot delete {name}", snapshot=name
             ) from error
-        if ref is None:
-            return Lookup(None, "", self._newest(name))
         if ref.name != name or ref.key.digest != key.digest:
             raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
-        return Lookup(ref, etag, ref)
+        return Lookup(ref, stored.etag, ref, self.seals.check(ref, stored.data, target).objection)
 
     def manifest(self, key: str, *, name: str, ahead: Reader | None = None) -> Manifest:
-        """Read the manifest ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
-        manifest = manifest_from_json(self._get(key, ahead).data)
+        """Read the manifest ``key``, which must be of snapshot ``name``. Its ``signature`` is "" unless it was verified.
+
+        Raises StoreError, ManifestError, and UntrustedError for one that the seals refuse.
+        """
+        data = self._get(key, ahead).data
+        manifest = manifest_from_json(data)
         if manifest.name != name:
             raise ManifestError(
                 f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key
             )
-        return manifest
+        verdict = self.seals.check(manifest, data, key)
+        if verdict.objection:
+            raise UntrustedError(verdict.objection, snapshot=name, key=key)
+        return manifest if verdict.is_good else manifest._replace(signature="")
 
     def _get(self, key: str, ahead: Reader | None) -> StoredObject:
         found = None if ahead is None else ahead(key)
@@ -147,15 +166,20 @@ class Repository:
         return is_young and info.size_bytes == length_bytes
 
     def put_manifest(self, manifest: Manifest) -> str:
-        """Store a manifest under a fresh key, and return the key.
+        """Store a manifest, signed if there is a key for that, under a fresh object key, and return this one.
 
         Raises ManifestError for one that no reader would take (names that cannot be, limits): it is not stored.
+        ConfigError where it cannot be signed.
         """
-        data = manifest_to_json(manifest)
-        manifest_from_json(data)
         key = manifest_key(manifest.name, manifest.generation, self._unique())
+        data = manifest_to_json(self.seals.signed_manifest(manifest, key))
+        manifest_from_json(data)
         self.store.put(key, data, if_absent=True)
         return key
+
+    def next_generation(self, replaces: Lookup) -> int:
+        """The number of the generation that is to replace what was looked up."""
+        return max(replaces.ref.generation + 1 if replaces.ref else 1, self.seals.minimum_generation)
 
     def publish(self, manifest: Manifest, key: str, *, replaces: Lookup) -> Ref:
         """Make the generation stored under ``key`` the current one, if the ref is still what ``replaces`` saw.
@@ -197,7 +221,7 @@ class Repository:
         ) from error
 
     def _swap(self, key: str, ref: Ref, etag: str) -> None:
-        self.store.put(key, ref_to_json(ref), if_absent=not etag, if_match=etag or None)
+        self.store.put(key, ref_to_json(self.seals.signed_ref(ref)), if_absent=not etag, if_match=etag or None)
 
     def _point_newest(self, ref: Ref) -> None:
         """Let ``refs/<name>/newest`` follow. A convenience for people: failing, or losing a race, loses nothing."""

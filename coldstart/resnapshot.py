@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart import events
 from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
-from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateChangedError, StoreError
+from coldstart.errors import CaptureError, ColdstartError, SnapshotError, StateChangedError, StoreError
 from coldstart.proof import Proof
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
@@ -285,10 +285,9 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     if known is not None:
         try:
             parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
-        except (StoreError, ManifestError):
+        except (StoreError, SnapshotError):
             parent, parent_key = None, ""
-    generation = (replaces.ref.generation if replaces.ref else 0) + 1
-    return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
+    return capture._replace(parent=parent, parent_key=parent_key, generation=repository.next_generation(replaces))
 
 
 def marks_of(survey: Survey) -> dict[str, Any]:

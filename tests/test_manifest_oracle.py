@@ -30,6 +30,7 @@ from coldstart.manifest import (
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "manifest-v1.json").read_bytes())
 GOLDEN_REF = json.loads((Path(__file__).parent / "golden" / "ref-v1.json").read_bytes())
+SIGNED_REF = json.loads((Path(__file__).parent / "golden" / "ref-v1-signed.json").read_bytes())
 KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 TEBIBYTE = 1 << 40
 
@@ -202,6 +203,7 @@ class RefOracle(BaseModel):
     updated_seconds: Seconds
     previous_generation: Count
     previous_manifest: Text
+    signature: Text = ""
 
     @model_validator(mode="after")
     def whole(self):
@@ -453,7 +455,7 @@ def test_spoiled_manifests_get_the_same_verdict(data, document, times):
 @settings(max_examples=200)
 def test_spoiled_refs_get_the_same_verdict(data, times):
     """The same for refs."""
-    document = GOLDEN_REF
+    document = data.draw(st.sampled_from([GOLDEN_REF, SIGNED_REF]))
     for _ in range(times):
         document = spoil(data.draw, document)
     expected, got = verdicts(document, RefOracle, ref_from_json)
@@ -461,7 +463,12 @@ def test_spoiled_refs_get_the_same_verdict(data, times):
 
 
 @pytest.mark.parametrize(
-    ("document", "model", "read"), [(GOLDEN, Oracle, manifest_from_json), (GOLDEN_REF, RefOracle, ref_from_json)]
+    ("document", "model", "read"),
+    [
+        (GOLDEN, Oracle, manifest_from_json),
+        (GOLDEN_REF, RefOracle, ref_from_json),
+        (SIGNED_REF, RefOracle, ref_from_json),
+    ],
 )
 def test_golden_documents_are_accepted_by_both(document, model, read):
     """The golden documents are what both descriptions mean by version 1."""

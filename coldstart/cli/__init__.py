@@ -23,6 +23,7 @@ COMMANDS = {
     "hibernate": "end a pod once its snapshot is in the store and verified",
     "wake": "a new pod that starts from the snapshot of one that hibernates",
     "snapshot": "list, show, verify or delete snapshots",
+    "keys": "make a pair of keys that snapshots are signed and verified with",
     "doctor": "what this machine has, lacks, and how to get it",
     "config": "every setting, its value and where it came from",
 }

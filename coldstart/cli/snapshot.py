@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, UsageError
+from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, SnapshotError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -61,7 +61,7 @@ def _list(options: argparse.Namespace, repository: Repository) -> int:
             manifest = repository.manifest(ref.manifest, name=ref.name)
             row |= {"rung": manifest.rung, "device": manifest.device_type}
             row |= {"raw_bytes": manifest.raw_bytes, "stored_bytes": manifest.stored_bytes}
-        except (ManifestError, ObjectMissingError) as error:
+        except (SnapshotError, ObjectMissingError) as error:
             row["error"] = str(error)
         rows.append(row)
     if options.json:
@@ -121,6 +121,7 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
         "generation": manifest.generation,
         "previous": ref.previous_generation or None,
         "created": _time(manifest.created_seconds),
+        "signed": "yes, verified" if manifest.signature else "no, or not verified",
         "rung": manifest.rung,
         "device": manifest.device_type,
         "key": manifest.key.digest,
