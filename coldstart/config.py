@@ -146,6 +146,12 @@ SETTINGS: tuple[Setting, ...] = (
         15.0,
         "a worker that stood still this long was frozen by its platform; 0: do not look",
     ),
+    _setting(
+        "hook_seconds",
+        kinds.seconds(86_400),
+        60.0,
+        "how long before_snapshot and after_restore may take each, before the worker goes on without them; 0: any time",
+    ),
     _setting("start_records", kinds.flag(), True, "write a record of each start to the store"),
     _setting("files_folder", _FOLDER, "{cache}/coldstart-files", "where restored files are placed"),
     _setting("cache", _CACHE, "", "folder for copies of what s3:// and r2:// stores hold; empty: no copies"),
@@ -205,6 +211,7 @@ class Settings(NamedTuple):
     capture_bytes_per_second: int
     concurrency: int
     thaw_seconds: float
+    hook_seconds: float
     start_records: bool
     files_folder: str
     cache: str

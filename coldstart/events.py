@@ -183,6 +183,14 @@ class FilesKept(NamedTuple):
     total_bytes: int
 
 
+class HookOverran(NamedTuple):
+    """A hook of the user's had not returned after ``seconds``; the worker went on without it."""
+
+    name: str
+    hook: str
+    seconds: float
+
+
 class StoreDegraded(NamedTuple):
     """The store works, but not as well as it should."""
 
@@ -215,6 +223,7 @@ if TYPE_CHECKING:
         | PhaseBegan
         | PhaseEnded
         | PhaseSlow
+        | HookOverran
         | FellBack
         | WorkerReady
         | WorkerThawed

@@ -17,7 +17,14 @@ from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
 from coldstart.early import NO_STORE, Early, Services, address_of, opener_of_start, restoration_of, snapshot_name
-from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
+from coldstart.errors import (
+    AccessDeniedError,
+    KeyUncomputableError,
+    StateMismatchError,
+    StoreError,
+    StoreSetupError,
+    UncapturableError,
+)
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
@@ -74,6 +81,7 @@ class Parts:
     ) -> None:
         self.no_capture_reason = ""
         self._records_opens = False
+        self._may_not_write = False
         self._definition = definition
         self._services = services
         self._timeline = timeline
@@ -333,13 +341,17 @@ class Parts:
         )
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Store the start record, best effort: a credential that may not write ends it with one event."""
-        if not (self._services.uses_store and self._services.settings.start_records) or self._services.pinned:
+        """Store the start record, best effort: where this worker may not write, one event says so and none is tried again."""
+        services = self._services
+        if not (services.uses_store and services.settings.start_records) or services.pinned or self._may_not_write:
             return
         try:
             self.open_repository().write_start_record(self._definition.name, dict(record))
+        except (AccessDeniedError, StoreSetupError) as error:
+            self._may_not_write = True
+            services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
         except StoreError as error:
-            self._services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
+            services.bus.publish(events.StoreDegraded(self._definition.name, f"this start has no record: {error}"))
 
     def keep_segments(self, *, pace: Callable[[], None], stop: threading.Event) -> None:
         """Write the flat files of what was fetched, so that the next worker of this host maps them. Raises StoreError."""
