@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import setting_kinds as kinds
 from coldstart.errors import ConfigError
+from coldstart.terms import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from coldstart.redaction import Redactor
+
 DEFAULT, ENVIRONMENT, OVERRIDE = "default", "environment", "override"
 OFF = "off"
-MASK = "****"
 _PREFIX = "COLDSTART_"
 _SHOWN_SECRET = re.compile("(?<=//).*(?=@)|csk_[A-Za-z0-9_-]+")
 """Credentials in an address, and a signing key where a public one should be."""
@@ -445,6 +447,18 @@ def helper_environment(changes: Mapping[str, str | None] | None = None) -> dict[
     It is told what it needs, and signs nothing.
     """
     return child_environment({**(changes or {}), "COLDSTART_SIGNING_KEY": None})
+
+
+def redactor(settings: Settings | None = None, environ: Mapping[str, str] | None = None) -> Redactor:
+    """What takes this process' secrets out of texts: those of ``settings``, and of variables whose names say so."""
+    from coldstart.redaction import Redactor, is_secret_name
+
+    environ = os.environ if environ is None else environ
+    names = {variable for setting in SETTINGS if setting.secret for variable in (setting.variable, *setting.also)}
+    found = {text.strip() for name, text in environ.items() if name in names or is_secret_name(name)}
+    if settings is not None:
+        found |= {getattr(settings, setting.field) for setting in SETTINGS if setting.secret}
+    return Redactor(text for text in found if not text.startswith("/"))  # the path of a file that holds one
 
 
 def worker_id(environ: Mapping[str, str] | None = None) -> str:

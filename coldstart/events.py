@@ -242,8 +242,10 @@ if TYPE_CHECKING:
 
 
 def error_text(error: BaseException) -> str:
-    """An error as events carry it: class and message, without its traceback."""
-    return f"{type(error).__name__}: {error}"
+    """An error as events carry it: class and message, without its traceback, and without what looks like a credential."""
+    from coldstart.redaction import without_shapes
+
+    return without_shapes(f"{type(error).__name__}: {error}")
 
 
 class _Subscription:

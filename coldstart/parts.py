@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstart import caches, events
-from coldstart.config import read_variable
+from coldstart.config import read_variable, redactor
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
@@ -346,7 +346,9 @@ class Parts:
         if not (services.uses_store and services.settings.start_records) or services.pinned or self._may_not_write:
             return
         try:
-            self.open_repository().write_start_record(self._definition.name, dict(record))
+            self.open_repository().write_start_record(
+                self._definition.name, redactor(services.settings).value(dict(record))
+            )
         except (AccessDeniedError, StoreSetupError) as error:
             self._may_not_write = True
             services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))

@@ -78,7 +78,9 @@ def tell(error: Exception) -> int:
     """Print an error for a person and return the exit status. Where the user's own code failed, its traceback follows."""
     import traceback
 
-    print(f"coldstart: {type(error).__name__}: {error}", file=sys.stderr)
+    from coldstart.config import redactor
+
+    print(redactor().text(f"coldstart: {type(error).__name__}: {error}"), file=sys.stderr)
     source = error.__cause__ if isinstance(error, StartError) else error
     if source is not None and not isinstance(source, ColdstartError):
         print("".join(traceback.format_list(_users_frames(source))), end="", file=sys.stderr)
