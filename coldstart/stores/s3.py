@@ -174,7 +174,8 @@ class S3Store(Store):
     def _info(self, key: str, size_bytes: int | None, modified: datetime | None) -> ObjectInfo:
         if size_bytes is None or modified is None:
             raise StoreTransientError(f"{self.url} gave neither size nor age of {key!r}", key=key)
-        return ObjectInfo(key, size_bytes, modified.timestamp())
+        # Whole seconds, as a HEAD has them: R2 lists milliseconds.
+        return ObjectInfo(key, size_bytes, float(int(modified.timestamp())))
 
     def _etag(self, answer: Mapping[str, Any], key: str) -> str:
         etag: str = answer.get("ETag", "")
