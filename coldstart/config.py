@@ -126,6 +126,7 @@ SETTINGS: tuple[Setting, ...] = (
         "memory of a restore or capture beyond the state itself",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
+    _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
     _setting(
         "capture_wait_seconds", kinds.seconds(86_400), 60.0, "how long the end of the process waits for a capture"
     ),
@@ -207,6 +208,7 @@ class Settings(NamedTuple):
     fetch_threads: int
     memory_budget_bytes: int
     capture: bool
+    programs: bool
     capture_wait_seconds: float
     capture_idle_seconds: float
     capture_engine: str

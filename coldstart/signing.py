@@ -181,6 +181,12 @@ class Seals:
         return self._public
 
 
+def are_required(settings: Settings) -> bool:
+    """Whether every snapshot that is used has been verified by then, so that code in it may be executed."""
+    has_key = bool(settings.verify_keys or settings.signing_key or settings.signing_key_file)
+    return has_key and settings.signatures == REQUIRE
+
+
 def seals_of(settings: Settings, warn: Callable[[str], None] | None = None) -> Seals:
     """What the settings say of signatures. Raises ConfigError for a key file that cannot be read, or holds no key."""
     signing_key = settings.signing_key or (_read_key(settings.signing_key_file) if settings.signing_key_file else "")

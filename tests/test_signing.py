@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldstart import config
+from coldstart import config, program_start
 from coldstart.cli import main
 from coldstart.errors import ConfigError, UntrustedError
 from coldstart.manifest import newest_ref_key, ref_from_json, ref_key, ref_to_json
@@ -372,3 +372,21 @@ def test_helpers_of_a_worker_do_not_have_its_signing_key(monkeypatch):
     environment = config.helper_environment({"A": "b"})
     assert PAIR.signing not in environment.values()
     assert (environment["A"], environment["COLDSTART_VERIFY_KEYS"]) == ("b", PAIR.verifying)
+
+
+@pytest.mark.parametrize(
+    ("settings", "may_run"),
+    [
+        ({}, False),
+        ({"verify_keys": PAIR.verifying}, True),
+        ({"signing_key": PAIR.signing}, True),
+        ({"verify_keys": PAIR.verifying, "signatures": "warn"}, False),
+        ({"verify_keys": PAIR.verifying, "signatures": "off"}, False),
+        ({"trust_store": True}, True),
+    ],
+)
+def test_programs_of_a_remote_store_run_where_signatures_are_required(settings, may_run):
+    """Required signatures are verified before anything of a snapshot is used, so its programs may be; warnings are not enough."""
+    found = program_start.accepted(config.load({"HOME": "/h"}, store="s3://bucket", **settings), "cpu", "model")
+    assert ("is not trusted to give code" not in found.obstacle) is may_run
+    assert may_run or not found.identities
