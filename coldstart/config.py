@@ -361,12 +361,14 @@ def _check_credentials(found: Mapping[str, Given]) -> None:
 
 
 def _check_keys(found: Mapping[str, Given]) -> None:
-    """Signatures that are required in so many words, and no key: every snapshot would be passed over."""
+    """Signatures that are required in so many words, and no key: nothing would be checked, and nobody would know."""
     policy = found.get("signatures")
     keys = (found.get(field) for field in ("verify_keys", "signing_key", "signing_key_file"))
-    if policy is not None and policy.text.lower() == "require" and not any(key and key.text for key in keys):
-        name = policy.source.variable or "signatures"
-        raise ConfigError(f"{name}=require needs a key to check with: set COLDSTART_VERIFY_KEYS to the public keys")
+    asked = policy is not None and policy.source.kind == ENVIRONMENT and policy.text.lower() == "require"
+    if asked and not any(key and key.text for key in keys):
+        raise ConfigError(
+            "COLDSTART_SIGNATURES=require needs a key to check with: set COLDSTART_VERIFY_KEYS to the public keys"
+        )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
