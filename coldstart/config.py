@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import setting_kinds as kinds
 from coldstart.errors import ConfigError
+from coldstart.terms import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from coldstart.redaction import Redactor
+
 DEFAULT, ENVIRONMENT, OVERRIDE = "default", "environment", "override"
 OFF = "off"
-MASK = "****"
 _PREFIX = "COLDSTART_"
+_SHOWN_SECRET = re.compile("(?<=//).*(?=@)|csk_[A-Za-z0-9_-]+")
+"""Credentials in an address, and a signing key where a public one should be."""
 _NOT_SETTINGS = frozenset({"HANDLER"})
 """Variables of ours that no setting reads: the name of a deployed image's handler, for its command and its platform."""
 
@@ -74,6 +78,10 @@ _ENDPOINT = kinds.text(
 )
 _REGION = kinds.text("[A-Za-z0-9-]{1,64}", "a region's name, such as us-east-1 or auto")
 _ACCOUNT = kinds.text("[A-Za-z0-9]{1,64}", "letters and digits")
+_PUBLIC_KEYS = kinds.text(
+    "cvk_[A-Za-z0-9_-]{43}( *, *cvk_[A-Za-z0-9_-]{43}){0,15}", "up to 16 keys that begin with cvk_, comma-separated"
+)
+_SIGNING_KEY = kinds.text("csk_[A-Za-z0-9_-]{43}", "a key that begins with csk_; coldstart keys new makes one")
 _SECRET = kinds.text("[!-~]{1,16384}", "printable ASCII without spaces")
 
 SETTINGS: tuple[Setting, ...] = (
@@ -141,6 +149,12 @@ SETTINGS: tuple[Setting, ...] = (
         15.0,
         "a worker that stood still this long was frozen by its platform; 0: do not look",
     ),
+    _setting(
+        "hook_seconds",
+        kinds.seconds(86_400),
+        60.0,
+        "how long before_snapshot and after_restore may take each, before the worker goes on without them; 0: any time",
+    ),
     _setting("start_records", kinds.flag(), True, "write a record of each start to the store"),
     _setting("files_folder", _FOLDER, "{cache}/coldstart-files", "where restored files are placed"),
     _setting("cache", _CACHE, "", "folder for copies of what s3:// and r2:// stores hold; empty: no copies"),
@@ -156,6 +170,21 @@ SETTINGS: tuple[Setting, ...] = (
         kinds.flag(),
         False,
         "execute unsigned programs and kernel caches of the store; a folder of this user's own needs no such word",
+    ),
+    _setting(
+        "signatures",
+        kinds.choice("require", "warn", OFF),
+        "require",
+        "what becomes of refs and manifests without a good signature, once there is a key to check with",
+    ),
+    _setting("verify_keys", _PUBLIC_KEYS, "", "public keys whose signatures are good, comma-separated"),
+    _setting("signing_key", _SIGNING_KEY, "", "the key that signs what this worker writes", secret=True),
+    _setting("signing_key_file", _CACHE, "", "the file that holds the signing key, instead of the key itself"),
+    _setting(
+        "minimum_generation",
+        kinds.whole(0, 10**12),
+        0,
+        "generations of lower numbers are refused, and new ones begin with it: set it when a store was set back",
     ),
 )
 _BY_FIELD = {setting.field: setting for setting in SETTINGS}
@@ -186,6 +215,7 @@ class Settings(NamedTuple):
     capture_bytes_per_second: int
     concurrency: int
     thaw_seconds: float
+    hook_seconds: float
     start_records: bool
     files_folder: str
     cache: str
@@ -197,6 +227,11 @@ class Settings(NamedTuple):
     session_token: str
     r2_account_id: str
     trust_store: bool
+    signatures: str
+    verify_keys: str
+    signing_key: str
+    signing_key_file: str
+    minimum_generation: int
     sources: Mapping[str, Source]
     """Field -> where its value came from."""
 
@@ -228,6 +263,7 @@ def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings
     environ = os.environ if environ is None else environ
     found = given(environ, **overrides)
     _check_credentials(found)
+    _check_keys(found)
     values = {
         setting.field: read(setting, found[setting.field]) if setting.field in found else default_of(setting, environ)
         for setting in SETTINGS
@@ -278,7 +314,7 @@ def show(setting: Setting, value: Any) -> Any:
     """``value`` as people may see it: secrets and credentials in an address as ``****``, at most 200 characters."""
     if setting.secret and value:
         return MASK
-    return re.sub("//.*@", f"//{MASK}@", value)[:200] if isinstance(value, str) else value
+    return _SHOWN_SECRET.sub(MASK, value)[:200] if isinstance(value, str) else value
 
 
 def default_of(setting: Setting, environ: Mapping[str, str] | None = None) -> Any:
@@ -322,6 +358,17 @@ def _check_credentials(found: Mapping[str, Given]) -> None:
         if field not in set_fields:
             have, lack = _BY_FIELD[set_fields[0]].variable, _BY_FIELD[field].variable
             raise ConfigError(f"{have} is set and {lack} is not: set both, or neither to use the AWS_* names")
+
+
+def _check_keys(found: Mapping[str, Given]) -> None:
+    """Signatures that are required in so many words, and no key: nothing would be checked, and nobody would know."""
+    policy = found.get("signatures")
+    keys = (found.get(field) for field in ("verify_keys", "signing_key", "signing_key_file"))
+    asked = policy is not None and policy.source.kind == ENVIRONMENT and policy.text.lower() == "require"
+    if asked and not any(key and key.text for key in keys):
+        raise ConfigError(
+            "COLDSTART_SIGNATURES=require needs a key to check with: set COLDSTART_VERIFY_KEYS to the public keys"
+        )
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -396,6 +443,26 @@ def child_environment(
         if value is not None:
             environment[name] = value
     return environment
+
+
+def helper_environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """``child_environment`` for a process of ours that reads or writes the store for us: what it decodes is not ours yet.
+
+    It is told what it needs, and signs nothing.
+    """
+    return child_environment({**(changes or {}), "COLDSTART_SIGNING_KEY": None})
+
+
+def redactor(settings: Settings | None = None, environ: Mapping[str, str] | None = None) -> Redactor:
+    """What takes this process' secrets out of texts: those of ``settings``, and of variables whose names say so."""
+    from coldstart.redaction import Redactor, is_secret_name
+
+    environ = os.environ if environ is None else environ
+    names = {variable for setting in SETTINGS if setting.secret for variable in (setting.variable, *setting.also)}
+    found = {text.strip() for name, text in environ.items() if name in names or is_secret_name(name)}
+    if settings is not None:
+        found |= {getattr(settings, setting.field) for setting in SETTINGS if setting.secret}
+    return Redactor(text for text in found if not text.startswith("/"))  # the path of a file that holds one
 
 
 def worker_id(environ: Mapping[str, str] | None = None) -> str:

@@ -21,6 +21,7 @@ from coldstart.program_start import NONE as NO_PROGRAMS
 from coldstart.program_start import accepted
 from coldstart.repository import Repository
 from coldstart.restore import Request, Restoration
+from coldstart.signing import seals_of
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
@@ -67,13 +68,14 @@ class Opener:
         self._repository: Repository | None = None
 
     def __call__(self) -> Repository:
-        """The repository, opened if it was not. Raises StoreSetupError."""
+        """The repository, opened if it was not. Raises StoreSetupError, and ConfigError for a signing key that cannot be read."""
         with self._lock:
             if self._repository is None:
                 url, options = address_of(self._settings)
                 if self._degraded is None:
                     options = options._replace(cache="")
-                self._repository = Repository(open_store(url, options, degraded=self._degraded))
+                seals = seals_of(self._settings, self._degraded)
+                self._repository = Repository(open_store(url, options, degraded=self._degraded), seals=seals)
             return self._repository
 
     def let_go(self, settings: Settings | None = None, *, close: bool = True) -> None:

@@ -197,6 +197,14 @@ class FilesKept(NamedTuple):
     total_bytes: int
 
 
+class HookOverran(NamedTuple):
+    """A hook of the user's had not returned after ``seconds``; the worker went on without it."""
+
+    name: str
+    hook: str
+    seconds: float
+
+
 class StoreDegraded(NamedTuple):
     """The store works, but not as well as it should."""
 
@@ -229,6 +237,7 @@ if TYPE_CHECKING:
         | PhaseBegan
         | PhaseEnded
         | PhaseSlow
+        | HookOverran
         | FellBack
         | WorkerReady
         | WorkerThawed
@@ -249,8 +258,10 @@ if TYPE_CHECKING:
 
 
 def error_text(error: BaseException) -> str:
-    """An error as events carry it: class and message, without its traceback."""
-    return f"{type(error).__name__}: {error}"
+    """An error as events carry it: class and message, without its traceback, and without what looks like a credential."""
+    from coldstart.redaction import without_shapes
+
+    return without_shapes(f"{type(error).__name__}: {error}")
 
 
 class _Subscription:

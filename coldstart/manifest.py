@@ -222,6 +222,8 @@ class Ref(NamedTuple):
     """Key of the manifest before this one, "" for the first generation."""
     history: tuple[Published, ...] = ()
     """The generations before this one that are kept, newest first; empty in refs of before there was one."""
+    signature: str = ""
+    """See ``signing``. Not written where it is ""."""
 
     @property
     def named(self) -> tuple[Published, ...]:
@@ -322,6 +324,8 @@ def tombstone_to_json(tombstone: Tombstone) -> bytes:
 
 def _ref_document(ref: Ref | Tombstone) -> dict[str, Any]:
     document: dict[str, Any] = ref._asdict()
+    if not document.get("signature", "-"):
+        del document["signature"]
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": ref.key.digest, "parts": dict(ref.key.parts)}
     if not document.pop("history"):
@@ -394,6 +398,7 @@ def ref_from_json(data: bytes) -> Ref:
         previous_generation=previous,
         previous_manifest=fields.manifest_key("previous_manifest", name=name, generation=previous, empty=True),
         history=_history(fields, name, below=generation),
+        signature=fields.text("signature") if "signature" in fields.document else "",
     )
 
 

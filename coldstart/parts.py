@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstart import caches, events
-from coldstart.config import read_variable
+from coldstart.config import read_variable, redactor
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
@@ -27,6 +27,7 @@ from coldstart.early import (
     snapshot_name,
 )
 from coldstart.errors import (
+    AccessDeniedError,
     KeyUncomputableError,
     ProgramError,
     ProofError,
@@ -59,6 +60,11 @@ if TYPE_CHECKING:
     from coldstart.repository import Lookup
     from coldstart.restore import Restoration, Restored
     from coldstart.save import Saving
+
+
+UNSIGNED = (
+    "this worker has no signing key (COLDSTART_SIGNING_KEY), and what is not signed is refused (COLDSTART_SIGNATURES)"
+)
 
 
 class Part:
@@ -95,6 +101,7 @@ class Parts:
     ) -> None:
         self.no_capture_reason = ""
         self._records_opens = False
+        self._may_not_write = False
         self._definition = definition
         self._services = services
         self._timeline = timeline
@@ -448,13 +455,19 @@ class Parts:
         )
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Store the start record, best effort: a credential that may not write ends it with one event."""
-        if not (self._services.uses_store and self._services.settings.start_records) or self._services.pinned:
+        """Store the start record, best effort: where this worker may not write, one event says so and none is tried again."""
+        services = self._services
+        if not (services.uses_store and services.settings.start_records) or services.pinned or self._may_not_write:
             return
         try:
-            self.open_repository().write_start_record(self._definition.name, dict(record))
+            self.open_repository().write_start_record(
+                self._definition.name, redactor(services.settings).value(dict(record))
+            )
+        except (AccessDeniedError, StoreSetupError) as error:
+            self._may_not_write = True
+            services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
         except StoreError as error:
-            self._services.bus.publish(events.StoreDegraded(self._definition.name, f"start records are off: {error}"))
+            services.bus.publish(events.StoreDegraded(self._definition.name, f"this start has no record: {error}"))
 
     def keep_segments(self, *, pace: Callable[[], None], stop: threading.Event) -> None:
         """Write the flat files of what was fetched, so that the next worker of this host maps them. Raises StoreError."""
@@ -483,5 +496,12 @@ class Parts:
 
     def wants_capture(self, part: Part) -> bool:
         """Whether a part that was loaded may be captured: it has a key, a readable store, and nobody said no."""
-        settings = self._services.settings
-        return part.key is not None and settings.capture and part.lookup is not None and not self._services.pinned
+        return not self.why_no_capture(part)
+
+    def why_no_capture(self, part: Part) -> str:
+        """Why a part may not be captured, "" if it may."""
+        if part.key is None or part.lookup is None:
+            return part.reason or NO_STORE
+        if not self._services.settings.capture or self._services.pinned:
+            return "captures are switched off"
+        return UNSIGNED if self.open_repository().seals.refuses_own else ""

@@ -65,7 +65,7 @@ class Planner:
         if part.kind == "restored" and policy == Policy() and not _recovered(part) and wish is None:
             return None
         if not self._parts.wants_capture(part):
-            self._no_capture(part, (part.reason if part.lookup is None else "") or "captures are switched off")
+            self._no_capture(part, self._parts.why_no_capture(part))
             return None
         if part.kind == "restored":
             return self._further_plan(part, digests, wish)

@@ -12,6 +12,7 @@ from coldstart.programs.base import Constant, ProgramFile, item_bytes
 from coldstart.programs.calls import EagerCall, ProgramCall
 from coldstart.programs.entries import entry_point, put_in, standing_alone
 from coldstart.programs.record import consumer_of, options_digest, program_id
+from coldstart.signing import are_required
 from coldstart.trust import distrust
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def accepted(settings: Settings, device_type: str, snapshot: str, *, backend: st
     """What a start accepts. ``backend``: only programs of this one, "" for any."""
     if not settings.programs:
         return Accepted((), "programs are switched off (COLDSTART_PROGRAMS)")
-    reason = distrust(settings.store, trust_store=settings.trust_store, is_signed=False, snapshot=snapshot)
+    reason = distrust(
+        settings.store, trust_store=settings.trust_store, is_signed=are_required(settings), snapshot=snapshot
+    )
     if reason:
         return Accepted((), reason)
     preferred = backend or default_backend(device_type)

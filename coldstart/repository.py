@@ -30,6 +30,7 @@ from coldstart.errors import (
     StateChangedError,
     StoreError,
     StoreTransientError,
+    UntrustedError,
 )
 from coldstart.manifest import (
     KeyRecord,
@@ -48,6 +49,7 @@ from coldstart.manifest import (
     tombstone_from_json,
     tombstone_to_json,
 )
+from coldstart.signing import Seals
 from coldstart.store_clock import StoreClock
 from coldstart.succession import may_follow, names, next_number, successor, tombstone, took_effect, without
 
@@ -82,21 +84,24 @@ class Margins(NamedTuple):
 class Lookup(NamedTuple):
     """The answer to "is there a snapshot for this key?": its ref and etag, or None.
 
-    ``newest`` is the ref itself or, without one, that of the name's newest other key.
+    ``newest`` is the ref itself or, without one, that of the name's newest other key. ``distrust``: why the ref must not
+    be used, though a new generation may replace it.
     """
 
     ref: Ref | None
     etag: str
     newest: Ref | None
+    distrust: str = ""
 
 
 class Repository:
-    """All snapshots of one store."""
+    """All snapshots of one store. ``seals`` signs what is written here, and judges what is read."""
 
     def __init__(
         self,
         store: Store,
         *,
+        seals: Seals = Seals(),  # noqa: B008  it checks nothing
         clock: Callable[[], float] = time.time,
         unique: Callable[[], str] = lambda: os.urandom(8).hex(),
         sleep: Callable[[float], None] = time.sleep,
@@ -105,17 +110,33 @@ class Repository:
         self.store = store
         self.margins = margins
         self.time = StoreClock(store, clock, unique)
+        self.seals = seals
         self._clock = clock
         self._unique = unique
         self._sleep = sleep
         self._is_local = store.url.startswith(("file:", "memory:"))
 
+    def through(self, store: Store) -> Repository:
+        """The same snapshots, read and written by another way."""
+        return Repository(
+            store,
+            seals=self.seals,
+            clock=self._clock,
+            unique=self._unique,
+            sleep=self._sleep,
+            margins=self.margins,
+        )
+
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def look_up(self, name: str, key: KeyRecord, *, ahead: Reader | None = None) -> Lookup:
         """The current generation for a key. ``ahead`` may have it read already. Raises StoreError, ManifestError."""
+        target = ref_key(check_name(name), key.digest)
         try:
-            ref, etag = self._read_slot(ref_key(check_name(name), key.digest), ahead)
+            stored = self._get(target, ahead)
+            ref = _slot(stored.data)
+        except ObjectMissingError:
+            return Lookup(None, "", self._newest(name))
         except FormatVersionError:
             raise
         except ManifestError as error:
@@ -126,16 +147,23 @@ class Repository:
             return Lookup(None, "", self._newest(name))
         if ref.name != name or ref.key.digest != key.digest:
             raise ManifestError(f"the ref of {name!r} names another snapshot ({ref.name!r})", snapshot=name)
-        return Lookup(ref, etag, ref)
+        return Lookup(ref, stored.etag, ref, self.seals.check(ref, stored.data, target).objection)
 
     def manifest(self, key: str, *, name: str, ahead: Reader | None = None) -> Manifest:
-        """Read the manifest ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
-        manifest = manifest_from_json(self._get(key, ahead).data)
+        """Read the manifest ``key``, which must be of snapshot ``name``. Its ``signature`` is "" unless it was verified.
+
+        Raises StoreError, ManifestError, and UntrustedError for one that the seals refuse.
+        """
+        data = self._get(key, ahead).data
+        manifest = manifest_from_json(data)
         if manifest.name != name:
             raise ManifestError(
                 f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key
             )
-        return manifest
+        verdict = self.seals.check(manifest, data, key)
+        if verdict.objection:
+            raise UntrustedError(verdict.objection, snapshot=name, key=key)
+        return manifest if verdict.is_good else manifest._replace(signature="")
 
     def _get(self, key: str, ahead: Reader | None) -> StoredObject:
         found = None if ahead is None else ahead(key)
@@ -164,7 +192,8 @@ class Repository:
 
     def next_generation(self, name: str, key: KeyRecord, ref: Ref | None) -> int:
         """The number after ``ref``'s; without one, after that of a deleted snapshot. Raises StoreError, ManifestError."""
-        return next_number(ref or self._read_slot(ref_key(name, key.digest))[0])
+        number = next_number(ref or self._read_slot(ref_key(name, key.digest))[0])
+        return max(number, self.seals.minimum_generation)
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -215,13 +244,14 @@ class Repository:
         return self.time.now() - info.modified_seconds if info.size_bytes == length_bytes else float("inf")
 
     def put_manifest(self, manifest: Manifest) -> str:
-        """Store a manifest under a fresh key, and return the key.
+        """Store a manifest, signed if there is a key for that, under a fresh object key, and return this one.
 
         Raises ManifestError for one that no reader would take (names that cannot be, limits): it is not stored.
+        ConfigError where it cannot be signed.
         """
-        data = manifest_to_json(manifest)
-        manifest_from_json(data)
         key = manifest_key(manifest.name, manifest.generation, self._unique())
+        data = manifest_to_json(self.seals.signed_manifest(manifest, key))
+        manifest_from_json(data)
         self.store.put(key, data, if_absent=True)
         return key
 
@@ -239,7 +269,7 @@ class Repository:
             ref = successor(manifest, key, before, write_id=self._unique(), now_seconds=self._clock())
             self._wait_for_turn(before)
             try:
-                self._swap(target, ref_to_json(ref), etag)
+                self._swap(target, self._ref_bytes(ref), etag)
             except (ConditionFailedError, StoreTransientError) as error:
                 before, etag = self._read_back(target, ref, error)
                 if not took_effect(ref, before):
@@ -271,6 +301,10 @@ class Repository:
                 key=target,
             ) from unreadable
 
+    def _ref_bytes(self, ref: Ref) -> bytes:
+        """The ref as it is stored: signed if there is a key for that."""
+        return ref_to_json(self.seals.signed_ref(ref))
+
     def _swap(self, key: str, data: bytes, etag: str) -> None:
         self.store.put(key, data, if_absent=not etag, if_match=etag or None)
 
@@ -281,10 +315,10 @@ class Repository:
             try:
                 stored = self.store.get(key)
             except ObjectMissingError:
-                self._swap(key, ref_to_json(ref), "")
+                self._swap(key, self._ref_bytes(ref), "")
                 return
             self._wait_for_turn(_slot_or_none(stored.data))
-            self._swap(key, ref_to_json(ref), stored.etag)
+            self._swap(key, self._ref_bytes(ref), stored.etag)
         except StoreError:
             return
 
@@ -298,7 +332,7 @@ class Repository:
             return False
         self._wait_for_turn(ref)
         try:
-            self._swap(key, ref_to_json(without(ref, manifests, write_id=self._unique())), etag)
+            self._swap(key, self._ref_bytes(without(ref, manifests, write_id=self._unique())), etag)
         except ConditionFailedError:
             return False
         return True

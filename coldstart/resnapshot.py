@@ -23,8 +23,8 @@ from coldstart.errors import (
     CaptureError,
     ColdstartError,
     ExportError,
-    ManifestError,
     ProofError,
+    SnapshotError,
     StateChangedError,
     StoreError,
 )
@@ -429,7 +429,7 @@ def _has_program(repository: Repository, replaces: Lookup, identity: str, option
         return False
     try:
         manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
-    except (StoreError, ManifestError):
+    except (StoreError, SnapshotError):
         return False
     return any((each.id, each.options) == (identity, options) for each in programs_of(manifest.programs))
 
@@ -470,7 +470,7 @@ def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> 
     if known is not None:
         try:
             parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
-        except (StoreError, ManifestError):
+        except (StoreError, SnapshotError):
             parent, parent_key = None, ""
     generation = repository.next_generation(capture.name, capture.key, replaces.ref)
     return capture._replace(parent=parent, parent_key=parent_key, generation=generation)

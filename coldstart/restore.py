@@ -188,6 +188,8 @@ class Restoration:
             lookup = repository.look_up(request.name, request.key, ahead=self._read_ahead)
         except (StoreError, SnapshotError, DeviceError) as error:
             return Unusable(_reason(error), None)
+        if lookup.distrust:
+            return Unusable(f"UntrustedError: {lookup.distrust}", lookup)
         if lookup.ref is None:
             return Missing(_why_missing(request, lookup), lookup)
         if request.fresh:

@@ -11,11 +11,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
-from coldstart.config import MASK, SETTINGS
+from coldstart.config import redactor
 from coldstart.events import (
     CaptureFailed,
     FellBack,
     FetchProgress,
+    HookOverran,
     PhaseBegan,
     PhaseSlow,
     StateChanged,
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from coldstart.config import Settings
     from coldstart.events import Event, EventBus
 
-_SECRET_CHARACTERS = 8
+_THAWED = "worker_thawed"
 _LEVELS: Mapping[type[Any], str] = {
     PhaseBegan: "debug",
     StateChanged: "debug",
     CaptureFailed: "warning",
     FellBack: "warning",
+    HookOverran: "warning",
     PhaseSlow: "warning",
     StoreDegraded: "warning",
     WeightsChanged: "warning",
@@ -62,11 +64,13 @@ def attach_structlog(bus: EventBus, settings: Settings, *, stream: TextIO | None
         return lambda: None
     import structlog
 
+    redaction = _Redaction(settings)
     logger = structlog.wrap_logger(
         structlog.WriteLogger(sys.stderr if stream is None else stream),
         processors=[
+            redaction.fields,
             structlog.processors.JSONRenderer(default=_plain) if settings.log == "json" else _console_line,
-            _masker(settings),
+            redaction.line,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         context_class=dict,
@@ -153,23 +157,23 @@ def _console_value(value: object) -> str:
     return repr(value)
 
 
-def _masker(settings: Settings) -> Callable[[object, str, Any], str]:
-    """Events carry no secrets, but the text of a foreign error might: blot our own out of the finished line.
+class _Redaction:
+    """The secrets of this process, taken out of what is logged: twice, of fields and then of the finished line.
 
-    Short texts are left: they are nobody's secret and would blot out ordinary words.
+    A thaw may bring other credentials, so they are looked up anew after it.
     """
-    secrets = [getattr(settings, setting.field) for setting in SETTINGS if setting.secret]
-    forms = {form for text in secrets if len(text) >= _SECRET_CHARACTERS for form in _written_forms(text)}
 
-    def mask(_logger: object, _level: str, line: Any) -> str:
-        for form in forms:
-            line = line.replace(form, MASK)
-        return str(line)
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._redactor = redactor(settings)
 
-    return mask
+    def fields(self, _logger: object, _level: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """A processor before the renderer."""
+        if entry["event"] == _THAWED:
+            self._redactor = redactor(self._settings)
+        clean: dict[str, Any] = self._redactor.value(dict(entry))
+        return clean
 
-
-def _written_forms(text: str) -> tuple[str, ...]:
-    """How ``text`` may look in a line: as it is, inside a repr, inside a repr that escapes quotes, inside JSON."""
-    escaped = text.replace("\\", "\\\\")
-    return text, escaped, escaped.replace("'", "\\'"), escaped.replace('"', '\\"')
+    def line(self, _logger: object, _level: str, line: Any) -> str:
+        """A processor after it: values that a renderer has written in its own way."""
+        return self._redactor.by_value(str(line))

@@ -5,6 +5,9 @@ VERSION = "0.1.0"
 PHASES = ("weight_load", "pool_alloc", "kernel_compile", "custom_init", "warmup_inference")
 """The phases of a start, in their order."""
 
+MASK = "****"
+"""What stands where a secret was."""
+
 BUFFER_KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 """What a buffer of a state is for."""
 

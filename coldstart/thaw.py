@@ -12,6 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from coldstart import events
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -89,3 +91,28 @@ def reseed() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "seed"):  # else its import is still under way
         torch.seed()
+
+
+def run_hook(name: str, hook: str, work: Callable[[], object], seconds: float) -> None:
+    """Run a hook of handler ``name`` for at most ``seconds`` (0.0: as long as it takes); raises what it raises.
+
+    One that has not returned by then goes on in its thread, which ends with the process, and is published.
+    """
+    if not seconds:
+        work()
+        return
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that asked
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=f"coldstart-{hook}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        events.bus.publish(events.HookOverran(name, hook, seconds))
+    elif failed:
+        raise failed[0]

@@ -38,12 +38,17 @@ def distrust(store_url: str, *, trust_store: bool, is_signed: bool, snapshot: st
     if is_signed or trust_store or store_url.partition("://")[0] == "memory":
         return ""
     folder = folder_of(store_url)
-    weakness = _weakness(folder, snapshot) if folder else "only a folder of this user's own is trusted by itself"
+    weakness = (
+        weakness_of(folder, snapshot=snapshot) if folder else "only a folder of this user's own is trusted by itself"
+    )
     return f"{store_url} is not trusted to give code: {weakness}; {_REMEDY}" if weakness else ""
 
 
-def _weakness(folder: str, snapshot: str) -> str:
-    """How somebody else could have changed what is in ``folder``, "" if nobody could."""
+def weakness_of(folder: str, *, snapshot: str = "") -> str:
+    """How somebody else could have changed what is in ``folder``, "" if nobody could. One that is not there is weak.
+
+    Of any folder whose files are executed, not of a store's alone: files that were verified and then written there.
+    """
     place = "/"
     try:
         for place in _way_to(os.path.abspath(os.path.expanduser(folder))):

@@ -29,7 +29,7 @@ from coldstart.metrics import Span, Timeline, WorkerMetrics, process_clock
 from coldstart.parts import Parts
 from coldstart.planning import plan_captures
 from coldstart.record import Thaw, start_record, thawed_record
-from coldstart.thaw import reseed
+from coldstart.thaw import reseed, run_hook
 from coldstart.warmup import DIGESTED_ITERATIONS, Phases, WarmupReport, warm_up
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class Worker(Answering):
         """Before the platform freezes this process: run ``before_snapshot``, leave no thread and no connection of ours."""
         hook = self.definition.before_snapshot
         if self.state == "ready" and hook is not None:
-            self._loops.finish(hook(self.model))
+            self._run_hook("before_snapshot", lambda: self._loops.finish(hook(self.model)))
         self._loops.close(STOP_SECONDS)
         if self._parts is not None:
             self._parts.open_repository.let_go()
@@ -313,7 +313,10 @@ class Worker(Answering):
             with self.timeline.span("after_restore", "phase"):
                 run = self._hook(hook, self._parts.context, self.model)
                 assert run is not None
-                run()
+                self._run_hook("after_restore", run)
+
+    def _run_hook(self, hook: str, work: Callable[[], Any]) -> None:
+        run_hook(self.definition.name, hook, work, self._services.settings.hook_seconds)
 
     def release_after_ready(self) -> None:
         """After ``hold_after_ready``: do what is left to do after ready."""

@@ -141,7 +141,7 @@ class FaultyServer:
                 self.close_connection = bool(ending)
 
             def refuse(self, status: int) -> None:
-                code = {404: "NoSuchKey", 503: "SlowDown"}[status]
+                code = {403: "AccessDenied", 404: "NoSuchKey", 503: "SlowDown"}[status]
                 text = f"<Error><Code>{code}</Code></Error>".encode()
                 self.send_response_only(status)
                 self.send_header("Content-Length", str(len(text)))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from pathlib import Path
@@ -45,6 +46,7 @@ from coldstart.manifest import (
     tombstone_from_json,
     tombstone_to_json,
 )
+from coldstart.signing import Seals
 from coldstart.stores.base import check_key
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -169,6 +171,19 @@ def test_ref_golden_bytes():
     golden = (GOLDEN / "ref-v1.json").read_bytes()
     assert ref_to_json(REF) == golden
     assert ref_from_json(golden) == REF
+
+
+def test_signed_ref_golden_bytes():
+    """A ref with a signature is one field longer, has bytes that never change, and keeps a good signature.
+
+    RFC 8032, test 1: the key is public, and ed25519 signs the same bytes the same way for ever.
+    """
+    secret = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
+    seals = Seals(signing_key="csk_" + base64.urlsafe_b64encode(secret).rstrip(b"=").decode())
+    golden = (GOLDEN / "ref-v1-signed.json").read_bytes()
+    assert ref_to_json(seals.signed_ref(REF)) == golden
+    assert ref_from_json(golden)._replace(signature="") == REF
+    assert seals.check(ref_from_json(golden), golden, ref_key(REF.name, REF.key.digest)).is_good
 
 
 def test_columns_are_the_fields_of_their_rows():

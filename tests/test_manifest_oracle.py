@@ -35,6 +35,7 @@ GOLDEN_HISTORY = {
     **GOLDEN_REF,
     "history": [[5, "manifests/minilm/000005-aa", 5.5], [3, "manifests/minilm/000003-bb", 3]],
 }
+SIGNED_REF = json.loads((Path(__file__).parent / "golden" / "ref-v1-signed.json").read_bytes())
 KINDS = ("weights", "kv_cache", "activations", "gradients", "optimizer_state", "other")
 TEBIBYTE = 1 << 40
 
@@ -214,6 +215,7 @@ class RefOracle(BaseModel):
     previous_generation: Count
     previous_manifest: Text
     history: Annotated[list[Annotated[list[Any], Field(min_length=3, max_length=3)]], Field(max_length=64)] = []
+    signature: Text = ""
 
     @model_validator(mode="after")
     def whole(self):
@@ -469,7 +471,7 @@ def test_spoiled_manifests_get_the_same_verdict(data, document, times):
 @settings(max_examples=200)
 def test_spoiled_refs_get_the_same_verdict(data, times):
     """The same for refs."""
-    document = data.draw(st.sampled_from([GOLDEN_REF, GOLDEN_HISTORY]))
+    document = data.draw(st.sampled_from([GOLDEN_REF, GOLDEN_HISTORY, SIGNED_REF]))
     for _ in range(times):
         document = spoil(data.draw, document)
     expected, got = verdicts(document, RefOracle, ref_from_json)
@@ -482,6 +484,7 @@ def test_spoiled_refs_get_the_same_verdict(data, times):
         (GOLDEN, Oracle, manifest_from_json),
         (GOLDEN_REF, RefOracle, ref_from_json),
         (GOLDEN_HISTORY, RefOracle, ref_from_json),
+        (SIGNED_REF, RefOracle, ref_from_json),
     ],
 )
 def test_golden_documents_are_accepted_by_both(document, model, read):

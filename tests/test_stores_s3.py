@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import socket
+import ssl
 import struct
 import threading
 import traceback
@@ -29,8 +30,10 @@ from coldstart.errors import (
 from coldstart.stores import StoreOptions, open_store
 from coldstart.stores.base import Capabilities
 from coldstart.stores.location import locate
+from coldstart.stores.retrying import RetryingStore
 from coldstart.stores.s3 import S3Store
 from coldstart.stores.s3_errors import failure
+from coldstart.testing import FakeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,12 +57,14 @@ class Request(NamedTuple):
     path: str
     headers: dict[str, str]
     body: bytes
+    connection: int
+    """The port of the client, which tells connections apart."""
 
 
 class ScriptedServer:
     """An HTTP server on this machine that gives the answers it was told to, in order, and keeps what it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.answers: list[Answer] = []
         self.requests: list[Request] = []
         self.release = threading.Event()
@@ -71,7 +76,7 @@ class ScriptedServer:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                outer.requests.append(Request(self.command, self.path, headers, body))
+                outer.requests.append(Request(self.command, self.path, headers, body, self.client_address[1]))
                 outer.give(self, outer.answers.pop(0) if outer.answers else Answer(500))
 
             do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = handle_any
@@ -85,7 +90,9 @@ class ScriptedServer:
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if context is not None:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
 
@@ -142,6 +149,7 @@ def server(lasting_server: ScriptedServer) -> ScriptedServer:
 @pytest.fixture
 def store(lasting_store: S3Store, server: ScriptedServer) -> S3Store:
     """A store of a bucket on the server."""
+    lasting_store._throttled_monotonic_seconds = float("-inf")  # by the server of another test
     return lasting_store
 
 
@@ -238,6 +246,69 @@ def test_one_call_is_one_attempt(store: S3Store, server: ScriptedServer, operati
 
 
 # --- what is believed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-amz-bucket-region": "eu-west-1"}, {"Location": "/elsewhere"}], ids=str)
+@pytest.mark.parametrize("status", [301, 302, 307, 400])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_no_redirect_is_followed(
+    store: S3Store, server: ScriptedServer, operation: str, status: int, headers: dict[str, str]
+):
+    """Whatever a redirect says, it is one request and an error: nothing is signed for another place, or sent twice."""
+    code = b"<Error><Code>AuthorizationHeaderMalformed</Code><Region>eu-west-1</Region></Error>"
+    server.answers = [Answer(status, headers, code)] * 5
+    with pytest.raises(StoreError):
+        OPERATIONS[operation](store)
+    (request,) = server.requests
+    assert "/auto/s3/" in request.headers["authorization"]
+
+
+@pytest.mark.parametrize("throttle", [429, 503])
+@pytest.mark.parametrize("odd", [405, 400, 411, 414])
+def test_an_odd_refusal_after_a_throttle_is_asked_again_elsewhere(
+    store: S3Store, server: ScriptedServer, throttle: int, odd: int
+):
+    """A 4xx that makes no sense, soon after a throttle, is repeated, and each of the three on a connection of its own."""
+    server.answers = [Answer(throttle, body=error_body("SlowDown")), Answer(odd), Answer(headers={"ETag": '"tag"'})]
+    clock = FakeClock()
+    assert RetryingStore(store, clock=clock).put("k", b"data") == '"tag"'
+    assert len({request.connection for request in server.requests}) == 3
+
+
+def test_an_odd_refusal_by_itself_is_not_repeated(
+    store: S3Store, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+):
+    """Without a throttle before it, or long after one, it is the server's answer; what has a meaning always is."""
+    server.answers = [Answer(405), Answer(429), Answer(403, body=error_body("AccessDenied"))]
+    for expected in (StoreError, StoreTransientError, AccessDeniedError):
+        with pytest.raises(StoreError) as caught:
+            store.put("k", b"data")
+        assert type(caught.value) is expected
+    monkeypatch.setattr("coldstart.stores.s3.ODD_SECONDS", 0.0)
+    server.answers = [Answer(405)]
+    with pytest.raises(StoreError) as caught:
+        store.put("k", b"data")
+    assert type(caught.value) is StoreError
+
+
+def test_a_put_over_tls_is_one_plain_request_too(certificate: Path, monkeypatch: pytest.MonkeyPatch):
+    """Over TLS, where botocore by itself sends chunks with a trailing checksum, it is the same plain request as without."""
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server = ScriptedServer(context)
+    server.answers = [Answer(headers={"ETag": '"tag"'})]
+    store = scripted(server)
+    try:
+        store.put("blobs/ab", memoryview(b"data"))
+    finally:
+        store.close()
+        server.close()
+    (request,) = server.requests
+    assert (request.method, request.path, request.body) == ("PUT", "/bucket/prefix/blobs/ab", b"data")
+    assert request.headers["content-md5"] == base64.b64encode(hashlib.md5(b"data").digest()).decode()
+    assert request.headers["content-length"] == "4"
+    assert not {"expect", "transfer-encoding", "content-encoding", "x-amz-trailer"} & set(request.headers)
 
 
 def test_a_range_is_asked_for_and_put_in_place(store: S3Store, server: ScriptedServer):

@@ -10,6 +10,9 @@ import pytest
 
 from coldstart import coldstart, events
 from coldstart.registry import enter_serving, worker_for
+from coldstart.repository import Repository
+from coldstart.stores.memory import MemoryStore
+from coldstart.testing import Fault, FaultyStore
 from tests.starts import Project, Seen
 
 DOUBLED = """
@@ -246,3 +249,66 @@ print(json.dumps({"answer": handler({"input": 3}), "start": worker.record}))
 """
     start = settled(project, code, SIZE="small")
     assert (start.document["answer"], start.record["own_kind"]) == ("large", "restored")
+
+
+@pytest.mark.parametrize("hook", ["before_snapshot", "after_restore"])
+def test_a_hook_that_hangs_is_reported_and_the_worker_goes_on(monkeypatch, hook):
+    """Past its limit a hook is left to itself: an event names it, and the worker answers."""
+    monkeypatch.setenv("COLDSTART_HOOK_SECONDS", "0.05")
+    released = threading.Event()
+    handler = handler_of(**{hook: lambda *_: released.wait(60)})
+    seen = Seen("frozen")
+    worker = worker_for(handler.__coldstart__)
+    worker.hold_after_ready()
+    worker.wait()
+    try:
+        worker.prepare_freeze()
+        worker.thaw("platform", "a test")
+        assert seen.of(events.HookOverran) == [events.HookOverran("frozen", hook, 0.05)]
+        assert handler({"input": 1}) == 11
+    finally:
+        released.set()
+        seen.stop()
+
+
+@pytest.mark.parametrize("seconds", ["0", "60"])
+def test_what_a_hook_raises_is_raised(monkeypatch, seconds):
+    """With a limit or without, the error of a hook is its caller's, and a hook in time is not reported."""
+    monkeypatch.setenv("COLDSTART_HOOK_SECONDS", seconds)
+
+    def fails(model):
+        raise RuntimeError("no way to close")
+
+    seen = Seen("frozen")
+    worker = worker_for(handler_of(before_snapshot=fails).__coldstart__)
+    worker.hold_after_ready()
+    worker.wait()
+    with pytest.raises(RuntimeError, match="no way to close"):
+        worker.prepare_freeze()
+    assert seen.of(events.HookOverran) == []
+    seen.stop()
+
+
+@pytest.mark.parametrize(
+    ("fault", "told", "tried"),
+    [
+        (Fault("denied", "put", "starts/*", times=None), "start records are off", 1),
+        (Fault("transient_before", "put", "starts/*", times=None), "this start has no record", 2),
+    ],
+)
+def test_who_may_not_write_is_told_once(monkeypatch, fault, told, tried):
+    """Start records that are refused are not tried again; a store that fails for once is asked for the next one."""
+    monkeypatch.setenv("COLDSTART_STORE", "memory://records")
+    seen = Seen("frozen")
+    worker = worker_for(handler_of().__coldstart__)
+    enter_serving()
+    worker.hold_after_ready()
+    worker.wait()
+    store = FaultyStore(MemoryStore(), [fault])
+    parts = worker._parts
+    parts.open_repository = lambda: Repository(store)
+    for _ in range(2):
+        parts.write_record(worker.record)
+    assert store.count("put", "starts/*") == tried
+    assert [event.reason.split(":")[0] for event in seen.of(events.StoreDegraded)] == [told] * tried
+    seen.stop()

@@ -26,6 +26,7 @@ COMMANDS = {
     "hibernate": "end a pod once its snapshot is in the store and verified",
     "wake": "a new pod that starts from the snapshot of one that hibernates",
     "snapshot": "list, show, verify or delete snapshots",
+    "keys": "make a pair of keys that snapshots are signed and verified with",
     "doctor": "what this machine has, lacks, and how to get it",
     "config": "every setting, its value and where it came from",
 }
@@ -94,7 +95,9 @@ def tell(error: Exception) -> int:
     """Print an error for a person and return the exit status. Where the user's own code failed, its traceback follows."""
     import traceback
 
-    print(f"coldstart: {type(error).__name__}: {error}", file=sys.stderr)
+    from coldstart.config import redactor
+
+    print(redactor().text(f"coldstart: {type(error).__name__}: {error}"), file=sys.stderr)
     source = error.__cause__ if isinstance(error, StartError) else error
     if source is not None and not isinstance(source, ColdstartError):
         print("".join(traceback.format_list(_users_frames(source))), end="", file=sys.stderr)

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coldstart.cli import generations
-from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, UsageError
+from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, SnapshotError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -71,7 +71,7 @@ def _list(options: argparse.Namespace, repository: Repository) -> int:
             manifest = repository.manifest(ref.manifest, name=ref.name)
             row |= {"rung": manifest.rung, "device": manifest.device_type}
             row |= {"raw_bytes": manifest.raw_bytes, "stored_bytes": manifest.stored_bytes}
-        except (ManifestError, ObjectMissingError) as error:
+        except (SnapshotError, ObjectMissingError) as error:
             row["error"] = str(error)
         rows.append(row)
     if options.json:
@@ -132,6 +132,7 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
         "previous": ref.previous_generation or None,
         "kept": ", ".join(str(entry.generation) for entry in ref.named),
         "created": _time(manifest.created_seconds),
+        "signed": "yes, verified" if manifest.signature else "no, or not verified",
         "rung": manifest.rung,
         "device": manifest.device_type,
         "key": manifest.key.digest,

@@ -35,11 +35,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Make the pod, wait for its worker, and print how that started."""
-    from coldstart.config import MASK
     from coldstart.deploy.hibernation import Waker
     from coldstart.deploy.plan import MARK
     from coldstart.deploy.pods import STORE, body_of, read_record
     from coldstart.deploy.rest import runpod_client
+    from coldstart.terms import MASK
 
     repository, _ = open_repository(options.store)
     url = repository.store.url

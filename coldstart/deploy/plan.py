@@ -10,9 +10,9 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import config
-from coldstart.config import MASK
 from coldstart.deploy.variables import check_access, check_not_written, notes, store_variables
 from coldstart.errors import ConfigError, HandlerError
+from coldstart.terms import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,7 +16,7 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import quote, quote_plus, urlsplit
 
-from coldstart.config import MASK, read_variable
+from coldstart.config import read_variable
 from coldstart.errors import (
     ConfigError,
     ConflictError,
@@ -26,7 +26,7 @@ from coldstart.errors import (
     RequestInvalidError,
     ResourceMissingError,
 )
-from coldstart.terms import VERSION
+from coldstart.terms import MASK, VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

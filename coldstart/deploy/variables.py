@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from coldstart.script import Script
 
 STORE_FIELDS = frozenset(
-    ("store", "endpoint_url", "region", "access_key_id", "secret_access_key", "session_token", "r2_account_id")
+    (
+        *("store", "endpoint_url", "region", "access_key_id", "secret_access_key", "session_token", "r2_account_id"),
+        *("trust_store", "signatures", "verify_keys", "signing_key", "minimum_generation"),
+    )
 )
 
 

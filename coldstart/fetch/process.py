@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldstart import children
-from coldstart.config import child_environment
+from coldstart.config import helper_environment
 from coldstart.errors import SnapshotError
 from coldstart.fetch.base import Fetch, FetchReport, FetchRequest
 from coldstart.fetch.crew import Bounds, queue_of, share_of
@@ -80,7 +80,7 @@ class Fetcher:
     """A fetcher process that waits for messages, and our end of the wire to it. Raises OSError where there can be none."""
 
     def __init__(self) -> None:
-        self._wire, self._pid = children.spawn("coldstart.fetch.child", child_environment())
+        self._wire, self._pid = children.spawn("coldstart.fetch.child", helper_environment())
         self._lock = threading.Lock()
 
     def tell(self, document: dict[str, Any], descriptors: Sequence[int] = ()) -> None:

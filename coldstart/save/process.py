@@ -18,9 +18,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coldstart import children
-from coldstart.config import child_environment
+from coldstart.config import helper_environment
 from coldstart.errors import CaptureError, ColdstartError, ObjectMissingError
-from coldstart.repository import Repository
 from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
 from coldstart.save.here import gathered, save_here
 from coldstart.save.stage import hash_of
@@ -29,6 +28,7 @@ from coldstart.stores.base import StoreWrapper
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from coldstart.repository import Repository
     from coldstart.save.base import Saving, Task, Terms
     from coldstart.stores.base import Store
 
@@ -64,7 +64,7 @@ def save_in_process(saving: Saving, terms: Terms, repository: Repository, stoppi
 
 class _Process(Saver):
     def __init__(self, saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> None:
-        self._repository = Repository(_WritingStore(self, repository.store))
+        self._repository = repository.through(_WritingStore(self, repository.store))
         self._stopping = stopping
         reason = "the saver process ended early"
         self._here = save_here(repository, terms, saving.bytes_per_second, stopping, reason=reason)
@@ -84,7 +84,7 @@ class _Process(Saver):
         try:
             self._wire, self._pid = children.spawn(
                 "coldstart.save.child",
-                child_environment({"OPENBLAS_NUM_THREADS": "1"}),  # numpy only moves bytes there
+                helper_environment({"OPENBLAS_NUM_THREADS": "1"}),  # numpy only moves bytes there
                 files=[self._ring],
                 leads_group=True,  # coldstart.save.turns stops the group
             )

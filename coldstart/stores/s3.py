@@ -7,6 +7,10 @@ What is done against habits of the client library and of servers:
 - every write carries Content-MD5, the checksum that most servers check. botocore's own trailing checksums are not
   understood everywhere, and batch deletions need them, so deletions are single;
 - no write asks for "100 Continue", which R2 does not send: botocore would wait a second for it;
+- no redirect is followed: botocore would sign the request anew for whatever region the answer names, ask for the
+  bucket's region again and again where it names none, and send a conditional write twice;
+- a refusal that makes no sense, soon after the server has throttled, may pass: the body of a write that was refused early
+  can be taken for the next request on its connection. So connections are given up then;
 - the instance metadata service is never asked for credentials: outside EC2 that stalls a start for seconds. The
   environment, profiles, SSO, web identity and container credentials work as usual;
 - addresses are path-style, and the endpoint comes from ``location``, never from AWS_ENDPOINT_URL.
@@ -17,17 +21,20 @@ No error text, repr or address of this module holds a credential.
 from __future__ import annotations
 
 import re
+import time
 from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import BlobCorruptError, ObjectMissingError, StoreSetupError, StoreTransientError
+from coldstart.errors import BlobCorruptError, ObjectMissingError, StoreError, StoreSetupError, StoreTransientError
 from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
 from coldstart.stores.s3_errors import failure, refusal, unreachable, unusable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from datetime import datetime
+
+    from botocore.exceptions import ClientError
 
     from coldstart.stores import StoreOptions
     from coldstart.stores.location import BucketLocation
@@ -36,6 +43,10 @@ CONNECT_TIMEOUT_SECONDS = 5
 READ_TIMEOUT_SECONDS = 20
 """The longest silence of a server within one call, not the length of the call."""
 CONNECTIONS = 32
+THROTTLED = (429, 503)
+"""The statuses by which R2 and S3 ask for fewer requests."""
+ODD_SECONDS = 10.0
+"""How long after a throttle a refusal that makes no sense is put down to it."""
 
 _PIECE_BYTES = 1 << 20
 
@@ -57,6 +68,7 @@ class S3Store(Store):
         self._location = location
         self._capabilities = capabilities
         self._client = _client(location, options)
+        self._throttled_monotonic_seconds = float("-inf")
 
     @property
     def url(self) -> str:
@@ -162,7 +174,8 @@ class S3Store(Store):
     def _info(self, key: str, size_bytes: int | None, modified: datetime | None) -> ObjectInfo:
         if size_bytes is None or modified is None:
             raise StoreTransientError(f"{self.url} gave neither size nor age of {key!r}", key=key)
-        return ObjectInfo(key, size_bytes, modified.timestamp())
+        # Whole seconds, as a HEAD has them: R2 lists milliseconds.
+        return ObjectInfo(key, size_bytes, float(int(modified.timestamp())))
 
     def _etag(self, answer: Mapping[str, Any], key: str) -> str:
         etag: str = answer.get("ETag", "")
@@ -206,11 +219,22 @@ class S3Store(Store):
         try:
             yield
         except ClientError as error:
-            raise refusal(error, self.url, key, conditional=conditional) from error
+            raise self._refusal(error, key, conditional=conditional) from error
         except BotoCoreError as error:
             raise failure(error, self.url, key) from None
         except (ResponseParserError, HTTPError, ValueError) as error:  # ValueError: a header that is no number or date
             raise unreachable(error, self.url, key) from None
+
+    def _refusal(self, error: ClientError, key: str, *, conditional: bool) -> StoreError | BlobCorruptError:
+        refused = refusal(error, self.url, key, conditional=conditional)
+        now = time.monotonic()
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in THROTTLED:
+            self._throttled_monotonic_seconds = now
+            self._client.close()  # its connections; the next request makes others
+        elif type(refused) is StoreError and now - self._throttled_monotonic_seconds < ODD_SECONDS:
+            self._client.close()
+            return StoreTransientError(f"{refused}, soon after it had throttled: it may work when asked again", key=key)
+        return refused
 
 
 def _client(location: BucketLocation, options: StoreOptions) -> Any:
@@ -252,12 +276,14 @@ def _client(location: BucketLocation, options: StoreOptions) -> Any:
         )
     except (BotoCoreError, ValueError) as error:
         raise unusable(error, f"{location.scheme}://{location.bucket}") from None
-    client.meta.events.register_last("before-call.s3", _without_expect)
+    client.meta.events.register_last("before-call.s3", _ask_plainly)
     return client
 
 
-def _without_expect(params: dict[str, Any], **_: Any) -> None:
+def _ask_plainly(params: dict[str, Any], **_: Any) -> None:
+    """Without "100 Continue"; and as if a redirect had been followed already, of which botocore follows one."""
     params["headers"].pop("Expect", None)
+    params.setdefault("context", {}).setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _md5(data: bytes) -> str:
