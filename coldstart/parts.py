@@ -254,10 +254,9 @@ class Parts:
         with self._timeline.span("load program"):
             calls = load_calls(program, outcome, self._files_folder / definition.name / "programs")
         if self._services.cases:
-            signatures = {entry.path: entry.signature for entry in program.entries}
             from coldstart.programs.cases import check_cases  # imports what only a proof needs
 
-            check_cases(Path(self._services.cases), calls, signatures, program.tolerance)
+            check_cases(Path(self._services.cases), calls, program)
         build = definition.build.get(part.name)
         skeleton = None
         if build is not None and not (stands_alone(definition) and definition.owner is None):

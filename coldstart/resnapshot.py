@@ -27,11 +27,12 @@ from coldstart.errors import (
 )
 from coldstart.program_making import ProgramMaking
 from coldstart.programs.placing import place
+from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
 from coldstart.refusals import note_refusal, refusal
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
-from coldstart.save.priority import lower_priority
+from coldstart.save.priority import hurry, lower_priority
 from coldstart.save.turns import Turns
 
 if TYPE_CHECKING:
@@ -147,6 +148,9 @@ class Resnapshot:
         self._saving = saving
         self._child: Proof | ProgramMaking | None = None
         self._writing: Writing | None = None
+        self._group = 0
+        """The process group that is at work for this worker, 0 if none is."""
+        self._is_waited_for = False
         self._stopping = threading.Event()
         self._stop_seconds = 0.0
         """The moment when what is under way has to be over, once ``stop`` was called."""
@@ -154,7 +158,14 @@ class Resnapshot:
         self._thread.start()
 
     def wait_first(self, seconds: float) -> bool:
-        """Wait until what was due at once is done, or ``seconds`` have passed; True if it is done."""
+        """Wait until what was due at once is done, or ``seconds`` have passed; True if it is done.
+
+        Whoever waits has nothing else to do, so those who do it for this worker need not stand back any longer.
+        """
+        if seconds > 0:
+            self._is_waited_for = True
+            if self._group:
+                hurry(self._group)
         return self._first_done.wait(seconds)
 
     def stop(self, seconds: float) -> None:
@@ -261,7 +272,7 @@ class Resnapshot:
                 repository,
                 began,
                 f"a program ({wish.backend}) for this platform",
-                ProgramProof(folder, wish.answers, wish.tolerance),
+                ProgramProof(folder, wish.answers, limit_of(placed.program.entries, wish.tolerance)),
             )
             return outcome._replace(program=wish.backend)
 
@@ -304,9 +315,13 @@ class Resnapshot:
             yield
             return
         turns = Turns(group, self._idle)
+        self._group = group
+        if self._is_waited_for:
+            hurry(group)
         try:
             yield
         finally:
+            self._group = 0
             turns.end()
 
     def _published(self, written: Written, seconds: float, reason: str, engine: str) -> Outcome:

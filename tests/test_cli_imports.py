@@ -203,7 +203,7 @@ def test_a_file_without_its_imports_for_load_is_really_imported(write):
 
 
 def test_the_report_says_who_needs_what_and_the_remedy(write, command):
-    """Rows in the file's order, each with its users or the remedy, and what the remedy brings; ``--json`` has the same."""
+    """Rows in the file's order, each with its users or the remedy, and what the remedy brings."""
     path = slow_project(write)
     status, out, err = command("imports", path)
     assert (status, err) == (0, "")
@@ -213,10 +213,17 @@ def test_the_report_says_who_needs_what_and_the_remedy(write, command):
     assert lines[2].endswith("  heavy                 used only in load: move the import into load()")
     assert lines[3].endswith("  needed                used in init")
     assert lines[-1].startswith("Without line 2 the import takes 0.")
-    document = json.loads(command("imports", path, "--json")[1])
-    assert [(row["modules"], row["only_for_load"]) for row in document["imports"]] == [
-        (["heavy"], True), (["needed"], False), (["coldstart"], False),
-    ]  # fmt: skip
+
+
+def test_the_report_as_json(write, command):
+    """``--json`` prints one document with the same rows."""
+    write("def make(): ...", "heavy.py")
+    status, out, err = command("imports", write(hooks(init="return heavy.make()")), "--json")
+    document = json.loads(out)
+    assert (status, err, document["without_seconds"]) == (0, "", None)
+    rows = [(row["line"], row["modules"], row["users"], row["only_for_load"]) for row in document["imports"]]
+    assert rows == [(2, ["heavy"], ["init"], False), (3, ["coldstart"], [], False)]
+    assert document["seconds"] >= document["own_seconds"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -299,6 +306,19 @@ def test_bench_warns_of_what_only_load_needs(write, capsys):
     Report.trials = (made_trial("restored", 1, 1.0, start={"kind": "restored", "rung": "files"}),)
     bench._warn_of_imports(path, Report)
     assert capsys.readouterr().err == ""
+
+
+def test_bench_tells_what_it_could_not_measure(write, capsys):
+    """A file that cannot be imported alone is a word at the end: what was measured before stands."""
+
+    class Report:
+        trials = (made_trial("restored", 1, 1.0, start={"kind": "restored", "rung": "arrays"}),)
+
+    write("1 / 0", "heavy.py")
+    bench._warn_of_imports(write(hooks(load="return heavy.a()")), Report)
+    err = capsys.readouterr().err
+    assert err.startswith("what the file imports could not be measured: ")
+    assert "ZeroDivisionError" in err
 
 
 def test_bench_does_not_warn_of_little(write):

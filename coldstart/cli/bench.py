@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import UsageError
+from coldstart.errors import HandlerError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -80,10 +80,13 @@ def _warn_of_imports(reference: str, report: Report) -> None:
 
     if any(trial.scenario == RESTORED and trial.start.get("rung") == "files" for trial in report.trials):
         return
-    target = parse_target(reference)
-    if not any(need.is_only_for_load for need in read_needs(target.path, target.name)):
-        return
-    warning = warning_of(measure_imports(target.path, target.name))
+    try:
+        target = parse_target(reference)
+        if not any(need.is_only_for_load for need in read_needs(target.path, target.name)):
+            return
+        warning = warning_of(measure_imports(target.path, target.name))
+    except HandlerError as error:  # the benchmark itself is done
+        warning = f"what the file imports could not be measured: {error}"
     if warning is not None:
         _say(warning)
 

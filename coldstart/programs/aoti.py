@@ -67,7 +67,7 @@ class Aoti(Backend):
             "device": device_type,
             "torch": version,
             "torch_commit": commit,
-            "libc": " ".join(os.confstr("CS_GNU_LIBC_VERSION").split()) if hasattr(os, "confstr") else "",
+            "libc": _libc(),
             "processor": instruction_set(),
             "settings": " ".join(f"{name}={value}" for name, value in sorted(SETTINGS.items())),
         }
@@ -129,6 +129,13 @@ def installed_version() -> tuple[str, str]:
     except OSError:
         return "", ""
     return found.get("__version__", ""), found.get("git_version", "")
+
+
+def _libc() -> str:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):  # another C library, or another system
+        return ""
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 _COMPILER_REMEDY = 'install g++ in the image that captures (starts need none), or use backend="onnx"'
-_OPERATOR = re.compile(r"target: (\S+)|operator:? '?(aten[:.]\S+)|(aten[:.]+\w+(?:\.\w+)?)")
+_OPERATOR = re.compile(r"target: (\S+)|((?:aten|prims)[:.]+\w+(?:\.\w+)?)")
 _LINE = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)')
 _COMPILE_ERROR = re.compile(r"\berror: (.+)")
 
@@ -34,9 +34,22 @@ def make(exported: ExportedProgram, *, file: Path, scratch: Path, threads: int =
     ``threads``: compilers at a time. Raises ExportError.
     """
     _check_arrays(exported)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its own code
+            return _made(exported, file, scratch, threads)
+    except ExportError:
+        raise
+    except Exception as error:  # what a compiler raises has no common class
+        raise ExportError(_obstacle(error)) from error
+
+
+def _made(exported: ExportedProgram, file: Path, scratch: Path, threads: int) -> Made:
     mutated = _mutated(exported)
     module = exported.module(check_guards=False)
     memory = _in_c_order(module)
+    for name in mutated:
+        _check_memory(name, memory)
     kept = _compiled(module, exported.example_inputs, file, scratch, threads)
     constants = tuple(_constant(name, tensor) for name, (tensor, _) in kept.items())
     return Made(file, constants, frozenset(_kept_name(name, memory, kept) for name in mutated))
@@ -116,17 +129,23 @@ def _in_c_order(module: Any) -> dict[str, tuple[Any, ...]]:
     return memory
 
 
-def _kept_name(name: str, memory: Mapping[str, tuple[Any, ...]], kept: Iterable[str]) -> str:
-    """The name under which the program has the buffer ``name``, which calls write to. Raises ExportError if it has none."""
-    if name not in memory:
-        raise ExportError(f"the entry point writes to {name}, which is no buffer: register_buffer it")
-    neighbours = sorted(other for other, place in memory.items() if place[0] == memory[name][0])
-    if any(memory[other] != memory[name] for other in neighbours):
+def _sharing(name: str, memory: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    return sorted(other for other, place in memory.items() if place[0] == memory[name][0])
+
+
+def _check_memory(name: str, memory: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ExportError where other constants are views of the memory that calls write to: each would be a copy."""
+    others = [other for other in _sharing(name, memory) if memory[other] != memory[name]]
+    if others:
         raise ExportError(
-            f"the entry point writes to {name}, which shares its memory with {', '.join(neighbours)} in another form: the"
-            " program would have two copies; give it memory of its own (clone())"
+            f"the entry point writes to {name}, which shares its memory with {', '.join(others)}: a program would have"
+            " two copies; give each memory of its own (clone()), or keep one and take views of it in the call"
         )
-    for other in neighbours:
+
+
+def _kept_name(name: str, memory: Mapping[str, tuple[Any, ...]], kept: Iterable[str]) -> str:
+    """The program's name of the buffer ``name``, or of one that is tied to it. Raises ExportError if it has none."""
+    for other in (name, *_sharing(name, memory)):
         if other in kept:
             return other
     raise ExportError(f"the entry point writes to {name}, which the compiled program does not hold: register_buffer it")
@@ -148,19 +167,15 @@ def _compiled(
 ) -> Mapping[str, Any]:
     """Compile into ``file``. Gives the program's constants as they were before, by its names of them."""
     import torch._inductor
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
     options = {**SETTINGS, "compile_threads": threads}
-    try:
-        with tempfile.TemporaryDirectory(dir=scratch) as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about its own code
-            with fresh_cache(dir=folder, delete=False):
-                made = torch._inductor.aot_compile(module, *example, options=options)  # noqa: SLF001  public, documented
-                package_aoti(os.fspath(file), {MODEL: [each for each in made if isinstance(each, str)]})
-    except Exception as error:  # what a compiler raises has no common class
-        raise ExportError(_obstacle(error)) from error
-    return next(each for each in made if not isinstance(each, str))
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, fresh_cache(dir=folder, delete=False):
+        made: Any = torch._inductor.aot_compile(module, *example, options=options)  # noqa: SLF001  documented as public
+        package_aoti(os.fspath(file), {MODEL: [each for each in made if isinstance(each, str)]})
+    kept: Mapping[str, Any] = next(each for each in made if not isinstance(each, str))
+    return kept
 
 
 def _obstacle(error: BaseException) -> str:
@@ -179,7 +194,7 @@ def _obstacle(error: BaseException) -> str:
     named = next(filter(None, operator.groups()), "") if operator else ""
     at = " at {}:{}: {}".format(*lines[-1]) if lines else ""
     what = f"the operator {named}{at}" if named or at else "an operator"
-    said_first = text.strip().partition("\n")[0][:300]
+    said_first = text.strip().partition("\n")[0][:200]
     return (
         f"AOTInductor cannot compile {what} ({type(error).__name__}: {said_first}): leave it out of the entry point"
         ' (build, another entry=), or use backend="onnx"'
