@@ -25,7 +25,7 @@ from coldstart.errors import (
     StateChangedError,
     StoreError,
 )
-from coldstart.program_making import ProgramMaking
+from coldstart.program_making import ProgramMaking, making_folder
 from coldstart.programs.placing import place
 from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
@@ -249,13 +249,12 @@ class Resnapshot:
             raise
 
     def _make_and_publish_program(self, plan: Plan, repository: Repository, began: float) -> Outcome:
-        import tempfile
         from pathlib import Path
 
         wish = plan.program
         assert wish is not None
         replaces = repository.look_up(plan.capture.name, plan.capture.key)
-        with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
+        with making_folder() as folder:
             pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             self._child = ProgramMaking(
