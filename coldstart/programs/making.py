@@ -9,7 +9,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ExportError
-from coldstart.programs import AOTI, backend_of
+from coldstart.programs import AOTI, ONNX, backend_of
 from coldstart.programs.cases import CaseWriter
 from coldstart.programs.folder import RECORD, ArrayWriter, write_document
 from coldstart.programs.record import options_digest, signature_to_json
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from coldstart.programs.tracing import Traced
 
 
+ENDINGS = {ONNX: ".onnx", AOTI: ".pt2"}
+
+
 def make_program(
     export: Export, recorder: Recorder, backend: str, folder: Path, *, device_type: str, concurrency: int = 1
 ) -> int:
@@ -40,7 +43,7 @@ def make_program(
     initial = _Initial(traced, recorder)
     initial.put_back()
     made = {
-        path: _make(backend, traced[path], folder / f"{number}.{backend}", path)
+        path: _make(backend, traced[path], folder / f"{number}{ENDINGS[backend]}", path)
         for number, path in enumerate(export.entry)
     }
     _refuse_concurrency(made, concurrency)
@@ -48,13 +51,15 @@ def make_program(
     modules = {path: flat_module(recorder.points[path], calls[path][0].structure) for path in export.entry}
     writer = CaseWriter(modules, traced, arrays, Random(0))  # noqa: S311  the same cases each time
     signatures = {path: writer.narrowed(path, calls[path]) for path in export.entry}
-    written = {_address(each) for one in made.values() for each in one.constants if each.name in one.mutated}
+    written = {_memory(traced[path], name) for path, each in made.items() for name in each.mutated}
     entries = [
         {
             "path": path,
             "signature": signature_to_json(signatures[path]),
             "file": made[path].file.name,
-            "constants": [[each.name, list(stored)] for each, stored in _stored(made[path], written, arrays)],
+            "constants": [
+                [each.name, list(stored)] for each, stored in _stored(made[path], traced[path], written, arrays)
+            ],
             "mutated": sorted(made[path].mutated),
         }
         for path in export.entry
@@ -98,16 +103,21 @@ def _make(backend: str, traced: Traced, file: Path, path: str) -> Made:
         raise ExportError(f"entry point {path or '(the state itself)'!r} cannot be a program: {error}") from error
 
 
-def _stored(made: Made, written: set[int], arrays: ArrayWriter) -> Iterator[tuple[Constant, Stored]]:
+def _stored(made: Made, traced: Traced, written: set[str], arrays: ArrayWriter) -> Iterator[tuple[Constant, Stored]]:
     """The constants in the folder. What is written to is one memory wherever it is the same, and two where it only looks so."""
     for each in made.constants:
-        address = _address(each)
-        identity = str(address) if address in written else ""
-        yield each, arrays.add(each.data, each.dtype, each.shape, identity=identity)
+        memory = _memory(traced, each.name)
+        yield each, arrays.add(each.data, each.dtype, each.shape, identity=memory if memory in written else "")
 
 
-def _address(constant: Constant) -> int:
-    return int(constant.data.__array_interface__["data"][0])
+def _memory(traced: Traced, name: str) -> str:
+    """Which memory of the state a constant is: compilers copy what is written to, so not by the constant's own address."""
+    tensor = _tensor(traced, name)
+    return f"at {tensor.data_ptr()}" if tensor is not None else f"of {name}"
+
+
+def _tensor(traced: Traced, name: str) -> Any:
+    return traced.exported.state_dict.get(name, traced.exported.constants.get(name))
 
 
 def _refuse_concurrency(made: Mapping[str, Made], concurrency: int) -> None:
@@ -126,7 +136,7 @@ class _Initial:
         self._pairs = []
         for path, each in traced.items():
             for name in mutated_names(each.exported):
-                tensor: Any = each.exported.state_dict.get(name, each.exported.constants.get(name))
+                tensor = _tensor(each, name)
                 before = recorder.before.get(tensor.data_ptr()) if tensor is not None else None
                 if before is None:
                     raise ExportError(
