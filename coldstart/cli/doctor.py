@@ -205,7 +205,9 @@ def _programs() -> Iterator[Finding]:
         except ProgramRuntimeError as error:
             yield Finding("programs", "note", f"{name}: {error}")
         else:
-            yield Finding("programs", "ok", f"{name}: {', '.join(f'{part} {value}' for part, value in platform.items())}")
+            yield Finding(
+                "programs", "ok", f"{name}: {', '.join(f'{part} {value}' for part, value in platform.items())}"
+            )
     if settings.has_store:
         reason = distrust(settings.store, trust_store=settings.trust_store, is_signed=False)
         trusted = f"{settings.store} is trusted to give code"

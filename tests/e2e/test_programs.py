@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_first_start(first: tuple[Project, Start]) -> None:
     base, whole = manifests(project)
     assert (base.programs, len(whole.programs)) == ((), 1)
     (made_program,) = programs_of(whole.programs)
-    assert (made_program.backend, made_program.entries[0].signature.ranges) == ("onnx", {"s0": (1, 16)})
+    assert made_program.backend == "onnx"
+    assert list(made_program.entries[0].signature.ranges.values()) == [(1, 16)]
     consumers = {segment.consumer for segment in whole.segments}
     assert consumer_of(made_program.id) in consumers
     assert {buffer.name for buffer in base.buffers} <= {buffer.name for buffer in whole.buffers}
@@ -109,17 +111,17 @@ print(json.dumps([said(rows) for rows in (16, 17, 1)]))
 """
 
 
+OUTSIDE = r"x is float32 \(17, 8\), the program takes float32 \((\w+), 8\) with \1 1 to 16"
+
+
 def test_call_outside_the_ranges(net: Project) -> None:
     """A call that the program was not made for fails its event with a clear error, and the worker serves on."""
     largest, outside, smallest = net.python("-", source=CALLS).document
-    assert (
-        outside
-        == "ProgramCallError: the program's call: x is float32 (17, 8), the program takes float32 (s0, 8) with s0 1 to 16"
-    )
+    assert re.fullmatch(f"ProgramCallError: the program's call: {OUTSIDE}", outside)
     assert (len(largest["y"]), len(smallest["y"])) == (16, 1)
     document = net.try_run("--input", '{"rows": 17}')
     assert document.code == 1
-    assert "the program takes float32 (s0, 8) with s0 1 to 16" in document.errors
+    assert re.search(OUTSIDE, document.errors)
 
 
 # --- passed over -----------------------------------------------------------------------------------------------------
@@ -206,10 +208,11 @@ def test_damaged_record(net: Project, answer: Any) -> None:
 def test_store_of_somebody_else(net: Project, answer: Any, s3_options: StoreOptions, s3_bucket: str) -> None:
     """A bucket's program is not executed unless the bucket is said to be trusted; its state is restored all the same."""
     url = f"s3://{s3_bucket}/snapshots"
-    with open_store(url, s3_options) as store:
-        for path in net.store.rglob("*"):
-            if path.is_file() and ".flat" not in path.parts:
-                store.put(str(path.relative_to(net.store)), path.read_bytes())
+    store = open_store(url, s3_options)
+    for kind in ("blobs", "manifests", "refs"):
+        for path in net.objects(kind):
+            store.put(str(path.relative_to(net.store)), path.read_bytes())
+    store.close()
     net.environment |= {
         "COLDSTART_STORE": url,
         "COLDSTART_ENDPOINT_URL": str(s3_options.endpoint_url),
@@ -345,7 +348,7 @@ def test_other_wishes_are_made_anew(net: Project, answer: Any) -> None:
     assert (again.record["program"], again.record["generation"]) == ("onnx", 3)
     assert far(again.output, answer) < 1e-5
     (program,) = programs_of(manifests(net)[2].programs)
-    assert program.entries[0].signature.ranges == {"s0": (1, 12)}
+    assert list(program.entries[0].signature.ranges.values()) == [(1, 12)]
     assert net.try_run("--input", '{"rows": 13}').code == 1
 
 
