@@ -83,10 +83,11 @@ def written_record(
     documents = []
     for number, (signature, constants, mutated) in enumerate(entries):
         (folder / f"{number}.{backend}").write_bytes(b"file %d" % number)
-        rows = [
-            [name, list(arrays.add(array.reshape(-1).view(np.uint8), array.dtype.name, array.shape))]
-            for name, array in constants.items()
-        ]
+        rows = []
+        for name, array in constants.items():
+            identity = f"at {array.ctypes.data}" if name in mutated else ""
+            data = array.reshape(-1).view(np.uint8)
+            rows.append([name, list(arrays.add(data, array.dtype.name, array.shape, identity=identity))])
         documents.append(
             {
                 "path": str(number),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from coldstart.programs.placing import Placed
 
-SIGNATURE = Signature(("x",), ["dict", [["x", ["array", 0]]]], (Array("x", "float32", ()),), ["array", 0], (), {})
+SIGNATURE = Signature(("x",), ["dict", [["x", ["array", 0]]]], (Array("x", "float32", ()),), ["list", []], (), {})
 OWN = f"program_{program_id('onnx', {'device': 'cpu'})}"
 
 

@@ -99,6 +99,7 @@ def test_second_start(net: Project, answer: Any) -> None:
 
 
 CALLS = """
+import json
 from handler import handler
 
 def said(rows):
