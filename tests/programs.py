@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coldstart.programs.calls import EagerCall
+from coldstart.programs.entries import entry_point
 from coldstart.programs.folder import RECORD, ArrayWriter, write_document
 from coldstart.programs.record import signature_to_json
+from coldstart.programs.recording import Recorder
 from tests.starts import RUN_SECONDS, Start
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from coldstart.programs.entries import EntryPoint
     from coldstart.programs.signature import Signature
     from tests.starts import Project
 
@@ -112,3 +116,13 @@ def made(project: Project, *arguments: str, target: str = "handler.py", **enviro
             process.kill()
     assert process.returncode == 0, errors
     return Start(json.loads(output.splitlines()[-1]), process.returncode, errors)
+
+
+def recorded(state: Any, path: str, *calls: Mapping[str, Any], alone: bool = True) -> tuple[EntryPoint, Recorder]:
+    """An entry point of a state, and what a warm-up that made these calls of it has noted."""
+    recorder = Recorder()
+    point = entry_point(state, path, alone=alone)
+    call = EagerCall(point, recorder.at(point))
+    for options in calls:
+        call(**options)
+    return point, recorder
