@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coldstart.manifest import blob_key, manifest_from_json
-from coldstart.programs.record import consumer_of, programs_of
+from coldstart.programs.record import consumer_of, programs_of, to_json
+from coldstart.repository import Repository
 from coldstart.stores import open_store
 from tests.programs import HANDLER, far, made, write_net
 from tests.starts import RUN_SECONDS, Project, Start, flip
@@ -194,6 +195,31 @@ def test_damaged_program(net: Project, answer: Any) -> None:
     assert (start.record["recovered_by"], start.record["generation"]) == ("previous_generation", 1)
     assert start.reason
     assert start.output == answer
+
+
+def test_program_of_the_generation_before(net: Project, answer: Any) -> None:
+    """Where the newest generation cannot be read the program of the one before it runs, by its own record."""
+    repository = Repository(open_store(f"file://{net.store}"))
+    whole = manifests(net)[1]
+    replaces = repository.look_up("net", whole.key)
+    assert replaces.ref is not None
+    (program,) = programs_of(whole.programs)
+    renamed = to_json(program._replace(entries=(program.entries[0]._replace(file="9.onnx"),)))
+    lost = whole._replace(
+        generation=3,
+        parent=replaces.ref.manifest,
+        programs=(renamed,),
+        files=tuple(entry._replace(name="9.onnx") for entry in whole.files),
+        chunks=tuple(chunk._replace(blob=f"{index:064x}") for index, chunk in enumerate(whole.chunks)),
+    )
+    repository.publish(lost, repository.put_manifest(lost), replaces=replaces)
+    start = net.run("--input", ASK, **NO_CAPTURE)
+    assert (start.record["program"], start.record["generation"], start.record["recovered_by"]) == (
+        "onnx",
+        2,
+        "previous_generation",
+    )
+    assert far(start.output, answer) < 1e-5
 
 
 def test_damaged_record(net: Project, answer: Any) -> None:
