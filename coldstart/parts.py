@@ -256,6 +256,10 @@ class Parts:
         part.lookup = outcome.lookup
         if isinstance(outcome, (Missing, Unusable)) or outcome.program is None:
             return self._restore_state(part, restoration)  # the generation before it, which has none
+        program = outcome.program  # of that generation, if it was the one before
+        obstacle = unsuitable(program, definition.program)
+        if obstacle:
+            raise ProgramError(obstacle)
         part.restored, part.reason = outcome, outcome.reason
         self._use_files(part, outcome)
         with self._timeline.span("load program"):

@@ -6,14 +6,16 @@ exports what they called. It works at the lowest priority on one thread, between
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import os
+import time
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from coldstart.errand import Errand
 from coldstart.errors import ExportError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from coldstart.errand import Origin
@@ -22,6 +24,47 @@ MAKING_SECONDS = 3600.0
 """How long making a program may take: minutes of compiling, beside a worker that serves."""
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+
+
+_PREFIX = "coldstart-program-"
+_LEFT_SECONDS = 60.0
+"""A folder without an owner is one that a killed worker left, unless it was made a moment ago."""
+
+
+@contextmanager
+def making_folder() -> Iterator[str]:
+    """A folder for one program, as large as its weights. What killed workers left of theirs is removed first."""
+    import fcntl
+    import tempfile
+
+    _remove_left(tempfile.gettempdir())
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        lock = os.open(folder, os.O_RDONLY)  # held until this process ends, however that comes
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+        finally:
+            os.close(lock)
+
+
+def _remove_left(parent: str) -> None:
+    """Remove the folders of this user's that nobody holds."""
+    import fcntl
+    import shutil
+
+    for name in os.listdir(parent):
+        path = os.path.join(parent, name)
+        with suppress(OSError):  # somebody else's, or held, or gone meanwhile
+            status = os.lstat(path)
+            old = time.time() - status.st_mtime > _LEFT_SECONDS
+            if not (name.startswith(_PREFIX) and old and status.st_uid == os.geteuid()):
+                continue
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 class ProgramMaking:

@@ -93,18 +93,12 @@ def in_place(definition: Definition, skeleton: Any, calls: Mapping[str, Any]) ->
     if skeleton is None:  # class form without build: an instance that has its entry points and nothing else
         assert definition.owner is not None
         skeleton = object.__new__(definition.owner)
-        for path, call in calls.items():
-            _put_on(skeleton, path, call)
+        found = standing_alone(calls)
+        vars(skeleton).update({str(name): getattr(found, str(name)) for name in found.names()})
         return skeleton
     for path, call in calls.items():
         put_in(entry_point(skeleton, path, alone=False), call)
     return skeleton
-
-
-def _put_on(instance: Any, path: str, call: Any) -> None:
-    top = standing_alone({path: call})
-    name = top.names()[0]
-    vars(instance)[name] = getattr(top, str(name))
 
 
 def owners(definition: Definition, state: Any) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from coldstart.errors import (
     StoreError,
 )
 from coldstart.leases import Held, hold
-from coldstart.program_making import ProgramMaking
+from coldstart.program_making import ProgramMaking, making_folder
 from coldstart.programs.placing import place
 from coldstart.programs.record import programs_of
 from coldstart.programs.tolerance import limit_of
@@ -284,12 +284,11 @@ class Resnapshot:
             raise
 
     def _make_and_publish_program(self, plan: Plan, replaces: Lookup, repository: Repository, began: float) -> Outcome:
-        import tempfile
         from pathlib import Path
 
         wish = plan.program
         assert wish is not None
-        with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
+        with making_folder() as folder:
             pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             self._child = ProgramMaking(

@@ -13,7 +13,7 @@ from coldstart.bench import trial as trials_module
 from coldstart.bench.machine import describe_machine
 from coldstart.bench.rounds import scenarios_of
 from coldstart.bench.target import Target, first_warmup_input, read_target
-from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, RESTORED, SCENARIOS, Trial
+from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, PROGRAM, RESTORED, SCENARIOS, Trial
 from coldstart.cli import bench as command
 from coldstart.cli import main
 from coldstart.errors import CaptureError, HandlerError, StartError, UsageError
@@ -30,8 +30,8 @@ def importable(monkeypatch):
 
 def made_trial(scenario, number, seconds, **changes):
     """A trial that took ``seconds`` to its first response."""
-    start = {"kind": "restored" if scenario == RESTORED else "cold", "phases": [], "spans": []}
-    trial = Trial(scenario, number, seconds, seconds + 1, (0.01, 0.03), {"v": [1.0, 2.0]}, True, start, {})
+    start = {"kind": "restored" if scenario in (RESTORED, PROGRAM) else "cold", "phases": [], "spans": []}
+    trial = Trial(scenario, number, seconds, seconds + 1, (0.01, 0.03), {"v": [1.0, 2.0]}, True, start, ())
     return trial._replace(**changes)
 
 
@@ -115,7 +115,17 @@ def test_companion_is_found_beside_the_file(tmp_path):
     assert alone.ordinary is None
     assert accompanied.ordinary == companion
     assert scenarios_of(alone) == (NAIVE, FIRST, RESTORED)
-    assert scenarios_of(accompanied) == (ORDINARY, NAIVE, FIRST, RESTORED) == tuple(SCENARIOS)
+    assert scenarios_of(accompanied) == (ORDINARY, NAIVE, FIRST, RESTORED)
+
+
+@pytest.mark.parametrize(("program", "asks"), [("", False), (", program=None", False), (", program=export()", True)])
+def test_program_is_a_scenario_where_the_handler_asks_for_one(tmp_path, program, asks):
+    """With program= in the decorator starts with the program are measured too; without it they are left out."""
+    decorated = f'@coldstart("a", load=load{program}, warmup=[1])\ndef handler(event, model): return 1\n'
+    path = written(tmp_path, f"from coldstart import coldstart, export\n{decorated}")
+    (tmp_path / "mine_ordinary.py").write_text("")
+    scenarios = scenarios_of(read_target(str(path), input_text=None, ordinary=None))
+    assert scenarios == (tuple(SCENARIOS) if asks else (ORDINARY, NAIVE, FIRST, RESTORED))
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -210,14 +220,15 @@ DOCUMENT = {
     "first_answer_seconds": 2.25,
     "warm_seconds": [0.1],
     "start": {"kind": "cold", "spans": [span("import", 0.25, 1.0)], "ready_seconds": 2.0},
-    "capture": {"published": True},
+    "captures": [{"published": True}, {"published": True, "program": "onnx"}],
 }
 
 
 def test_trial_is_read_from_a_document():
     """Time runs from the parent's stamp; the start gets what lies before its first span and after ready as spans."""
     trial = trials_module.read_trial(DOCUMENT, FIRST, 2, spawned_seconds=10.0, process_seconds=4.0)
-    assert (trial.first_response_seconds, trial.captures, trial.warm_seconds) == (2.5, ({"published": True},), (0.1,))
+    assert (trial.first_response_seconds, trial.warm_seconds) == (2.5, (0.1,))
+    assert trial.captures == ({"published": True}, {"published": True, "program": "onnx"})
     assert trial.start["spans"] == [
         span("import", 0.25, 1.0),
         span("interpreter and command", 0.0, 0.25),
@@ -239,11 +250,16 @@ def test_a_scenario_that_did_not_take_place_is_no_measurement():
     fallback = made_trial(RESTORED, 1, 1.0, start={"kind": "fallback", "reason": "build disagrees"})
     with pytest.raises(StartError, match="fallback start \\(build disagrees\\)"):
         trials_module.check_trial(fallback)
-    unpublished = made_trial(FIRST, 1, 1.0, capture={"published": False, "reason": "state changed"})
-    with pytest.raises(CaptureError, match="state changed"):
-        trials_module.check_trial(unpublished)
-    trials_module.check_trial(made_trial(FIRST, 1, 1.0, capture={"published": True}))
+    for what, program in (("snapshot", ""), ("program", "onnx")):
+        captures = ({"published": True}, {"published": False, "program": program, "reason": "state changed"})
+        with pytest.raises(CaptureError, match=rf"no {what} \(state changed\)"):
+            trials_module.check_trial(made_trial(FIRST, 1, 1.0, captures=captures))
+    without = made_trial(PROGRAM, 1, 1.0, start={"kind": "restored", "program": "", "program_obstacle": "not trusted"})
+    with pytest.raises(StartError, match=r"without one \(not trusted\)"):
+        trials_module.check_trial(without)
+    trials_module.check_trial(made_trial(FIRST, 1, 1.0, captures=({"published": True},)))
     trials_module.check_trial(made_trial(RESTORED, 1, 1.0))
+    trials_module.check_trial(made_trial(PROGRAM, 1, 1.0, start={"kind": "restored", "program": "onnx"}))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -280,7 +296,7 @@ def test_bench_of_a_real_handler(tmp_path, monkeypatch, capsys):
     assert document == json.loads((tmp_path / "bench-digits.json").read_text())
     assert (tmp_path / "bench-digits.md").read_text().startswith("# Cold start of `digits`")
     assert [(trial["round"], trial["scenario"]) for trial in document["trials"]] == [
-        (number, scenario) for number in (0, 1) for scenario in SCENARIOS
+        (number, scenario) for number in (0, 1) for scenario in (ORDINARY, NAIVE, FIRST, RESTORED)
     ]
     kinds = [trial["start"].get("kind") for trial in document["trials"][4:]]
     assert kinds == [None, "cold", "cold", "restored"]

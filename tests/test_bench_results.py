@@ -26,13 +26,13 @@ from coldstart.bench.summary import (
     with_overlaps,
 )
 from coldstart.bench.timeline import WIDTH, draw
-from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, RESTORED, SCENARIOS, Trial
+from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, PROGRAM, RESTORED, SCENARIOS, Trial
 
 
 def made_trial(scenario, number, seconds, **changes):
     """A trial that took ``seconds`` to its first response."""
-    start = {"kind": "restored" if scenario == RESTORED else "cold", "phases": [], "spans": []}
-    trial = Trial(scenario, number, seconds, seconds + 1, (0.01, 0.03), {"v": [1.0, 2.0]}, True, start, {})
+    start = {"kind": "restored" if scenario in (RESTORED, PROGRAM) else "cold", "phases": [], "spans": []}
+    trial = Trial(scenario, number, seconds, seconds + 1, (0.01, 0.03), {"v": [1.0, 2.0]}, True, start, ())
     return trial._replace(**changes)
 
 
@@ -81,6 +81,7 @@ def test_round_zero_is_left_out():
     without = summarise(made_rounds({name: seconds[name] for name in (NAIVE, FIRST, RESTORED)}))
     assert [(each.over, each.under) for each in without.ratios] == [(NAIVE, RESTORED), (FIRST, NAIVE)]
     assert without.answers.ordinary is None
+    assert without.answers.program is None
 
 
 def test_unpaired_rounds_are_refused():
@@ -204,14 +205,16 @@ def test_two_answers_compare_alike_from_both_sides(one, other):
 
 
 def test_answers_are_judged_by_round():
-    """Restored and ordinary answers are compared with the naive one of their round, and the worst round is told."""
+    """Restored, program and ordinary answers are compared with the naive one of their round, and the worst round is told."""
     rounds = made_rounds(dict.fromkeys(SCENARIOS, (1.0, 1.0, 1.0)))
     changed = {(RESTORED, 2): {"v": [1.0, 2.5]}, (ORDINARY, 1): {"v": [1.0, 2.25]}, (ORDINARY, 2): {"w": 1}}
+    changed[PROGRAM, 1] = {"v": [1.0, 2.125]}
     rounds = [each._replace(output=changed.get((each.scenario, each.round), each.output)) for each in rounds]
     answers = summarise(rounds).answers
     assert (answers.restored_identical, answers.rounds, answers.repeats_equal) == (1, 2, True)
     assert answers.restored.largest_difference == 0.5
     assert answers.ordinary.difference == "answer"
+    assert (answers.program.identical, answers.program.largest_difference) == (False, 0.125)
 
 
 # --- reports ---------------------------------------------------------------------------------------------------------
@@ -222,19 +225,27 @@ MACHINE = Machine("Some(R) Xeon(R) CPU 8481C @ 2.70GHz", 2, 16 << 30, "Linux 6.1
 @pytest.fixture
 def report():
     """A report of three rounds of all scenarios."""
-    rounds = made_rounds({ORDINARY: (9, 8, 8, 8), NAIVE: (9, 4, 4, 4), FIRST: (9, 5, 5, 5), RESTORED: (9, 2, 2, 2)})
+    rounds = made_rounds(
+        {
+            ORDINARY: (9, 8, 8, 8),
+            NAIVE: (9, 4, 4, 4),
+            FIRST: (9, 5, 5, 5),
+            RESTORED: (9, 2, 2, 2),
+            PROGRAM: (9, 0.5, 0.5, 0.5),
+        }
+    )
     start = {
         "kind": "restored",
         "phases": [{"name": "pool_alloc", "began_seconds": 1, "ended_seconds": 1, "skipped": "no pool"}],
         "spans": [span("import", 0.0, 1.0), span("fetch", 0.5, 2.0, "fetch")],
         "bytes": {"raw": 2000, "stored": 1500, "fetched": 1500},
     }
-    capture = {"published": True, "written_bytes": 1500, "seconds": 0.75}
-    rounds = [
-        each._replace(start=start) if each.scenario == RESTORED else each._replace(capture=capture)
-        for each in rounds
-        if each.scenario in (FIRST, RESTORED)
-    ] + [each for each in rounds if each.scenario in (ORDINARY, NAIVE)]
+    captures = (
+        {"published": True, "written_bytes": 1500, "seconds": 0.75},
+        {"published": True, "written_bytes": 700, "seconds": 30.5, "program": "onnx"},
+    )
+    told = {RESTORED: {"start": start}, FIRST: {"captures": captures}, PROGRAM: {"output": {"v": [1.0, 2.0 + 1e-6]}}}
+    rounds = [each._replace(**told.get(each.scenario, {})) for each in rounds]
     return reports.Report("mine", {"texts": ["a"]}, MACHINE, rounds, summarise(rounds))
 
 
@@ -244,10 +255,13 @@ def test_screen_has_what_people_ask_for(report):
     for words in (
         "ordinary / restored: 4.00",
         "naive / restored: 2.00",
+        "ordinary / program: 16.00",
         "bit for bit in 3 of 3 rounds",
         "ordinary answers against naive ones: bit for bit the same",
         "restored: 2,000 bytes of state, 1,500 stored (0.75), 1,500 fetched",
         "first: snapshot made in 0.75 s after the answer, 1,500 bytes written",
+        "first: program (onnx) made in 30.50 s after the answer, 700 bytes written",
+        "the program's answers against naive ones: largest difference 1.00e-06",
         "beside import 0.500 s",
     ):
         assert words in text
@@ -261,7 +275,7 @@ def test_json_has_every_trial(report):
     document = json.loads(reports.to_json(report))
     assert document["input"] == {"texts": ["a"]}
     assert document["machine"]["cores"] == 2
-    assert len(document["trials"]) == 4 * 4
+    assert len(document["trials"]) == 5 * 4
     assert {trial["round"] for trial in document["trials"]} == {0, 1, 2, 3}
     assert document["trials"][0]["output"] == {"v": [1.0, 2.0]}
     summary = next(each for each in document["results"]["scenarios"] if each["scenario"] == RESTORED)
@@ -278,7 +292,7 @@ def test_markdown_has_tables_of_equal_width(report):
             tables[-1].append(line)
         elif tables[-1]:
             tables.append([])
-    assert [len(table) for table in tables if table] == [6, 5]
+    assert [len(table) for table in tables if table] == [7, 5]
     assert all(len({line.count("|") for line in table}) == 1 for table in tables if table)
     assert "| phases | pool_alloc | skipped: no pool | 0 |" in lines
     assert sum(line == "```" for line in lines) == 2 * len(SCENARIOS)

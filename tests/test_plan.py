@@ -11,16 +11,31 @@ from hypothesis import strategies as st
 
 from coldstart.manifest import (
     MAX_CHUNK_BYTES,
+    NO_BUFFER,
     SEGMENT_ALIGNMENT_BYTES,
     Buffer,
     Chunk,
     FileEntry,
     KeyRecord,
+    Leaf,
     Manifest,
     manifest_from_json,
     manifest_to_json,
 )
-from coldstart.plan import TINY_BYTES, Item, fetch_order, file_item_name, known_chunks, layout, target_chunk_bytes
+from coldstart.plan import (
+    BOTH,
+    EAGER,
+    FILES,
+    LOAD,
+    TINY_BYTES,
+    Item,
+    fetch_order,
+    file_item_name,
+    known_chunks,
+    layout,
+    needed,
+    target_chunk_bytes,
+)
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -38,7 +53,7 @@ def transformer(layers: int = 24, width: int = 1536, vocabulary: int = 32_000) -
     shapes += [("norm.weight", width), ("head.weight", vocabulary * width)]
     items = [Item(name, 2 * count, 2, "weights") for name, count in shapes]
     files = [("tokenizer.json", 2 * MIB), ("config.json", 700), ("vocab.txt", 230_000)]
-    return items + [Item(file_item_name("FILES", name), size, 1, "other", is_file=True) for name, size in files]
+    return items + [Item(file_item_name("FILES", name), size, 1, "other", FILES, is_file=True) for name, size in files]
 
 
 def contents(items, plan, version=None) -> list[tuple]:
@@ -150,7 +165,7 @@ def assert_sound(items, plan):
     extents = []
     for item, place in zip(items, plan.places, strict=True):
         segment = plan.segments[place.segment]
-        own = (1, "other", "files") if item.is_file else (item.item_bytes, item.kind, item.consumer)
+        own = (1, "other", item.consumer) if item.is_file else (item.item_bytes, item.kind, item.consumer)
         assert segment[:3] == own
         assert place.offset_bytes % SEGMENT_ALIGNMENT_BYTES == 0
         assert place.offset_bytes + item.length_bytes <= segment.length_bytes
@@ -387,3 +402,68 @@ def test_a_file_and_a_buffer_may_share_a_name():
     before = layout(items)
     later = layout(items[::-1], parent=manifest_of(items, before))
     assert later.places[::-1] == before.places
+
+
+# --- what one start needs ---------------------------------------------------------------------------------------------
+
+PROGRAMS = ("program_0", "program_1")
+
+
+@st.composite
+def generations_with_programs(draw) -> Manifest:
+    """A stored generation with arrays and files for every kind of start; some arrays have no leaf, or two, or no bytes."""
+    items = []
+    for index in range(draw(st.integers(0, 30))):
+        is_file = draw(st.booleans())
+        consumers = (FILES, LOAD, *PROGRAMS) if is_file else (EAGER, BOTH, *PROGRAMS)
+        name = file_item_name("FILES", str(index)) if is_file else str(index)
+        consumer = draw(st.sampled_from(consumers))
+        items.append(Item(name, draw(sizes) // 8, 1, "other" if is_file else "weights", consumer, is_file))
+    manifest = manifest_of(items, layout(items))
+    leaves = [Leaf("empty", "numpy", "array", "uint8", 1, (0,), (1,), NO_BUFFER, 0, requires_grad=False, same_as="")]
+    for index, buffer in enumerate(manifest.buffers):
+        if buffer.length_bytes and manifest.segments[buffer.segment].consumer in (EAGER, BOTH):
+            shape = (buffer.length_bytes,)
+            first = Leaf(
+                buffer.name, "numpy", "array", "uint8", 1, shape, (1,), index, 0, requires_grad=False, same_as=""
+            )
+            leaves += [first, first._replace(path=f"tied {buffer.name}", same_as=first.path)][: draw(st.integers(0, 2))]
+    return manifest_from_json(manifest_to_json(manifest._replace(leaves=tuple(leaves))))
+
+
+@given(generations_with_programs(), st.sampled_from(["", *PROGRAMS, "program_of nobody"]))
+def test_needed(manifest, program):
+    """What one start needs of a generation is a generation for the strict reader: all of what it reads, nothing else."""
+    narrowed = needed(manifest, program)
+    assert manifest_from_json(manifest_to_json(narrowed)) == narrowed
+    wanted = {BOTH, FILES, program} if program else {EAGER, BOTH, FILES, LOAD}
+
+    def wants(segment: int) -> bool:
+        return manifest.segments[segment].consumer in wanted
+
+    assert len(narrowed.segments) == len(manifest.segments)
+    for index, (whole, kept) in enumerate(zip(manifest.segments, narrowed.segments, strict=True)):
+        assert kept == (whole if wants(index) else whole._replace(length_bytes=0))
+    assert narrowed.buffers == tuple(buffer for buffer in manifest.buffers if wants(buffer.segment))
+    assert narrowed.files == tuple(entry for entry in manifest.files if wants(entry.segment))
+    assert narrowed.chunks == tuple(chunk for chunk in manifest.chunks if wants(chunk.segment))
+    assert narrowed.raw_bytes == sum(
+        segment.length_bytes for index, segment in enumerate(manifest.segments) if wants(index)
+    )
+    kept = [
+        leaf for leaf in manifest.leaves if leaf.buffer == NO_BUFFER or wants(manifest.buffers[leaf.buffer].segment)
+    ]
+    assert [leaf._replace(buffer=0) for leaf in narrowed.leaves] == [leaf._replace(buffer=0) for leaf in kept]
+    for before, after in zip(kept, narrowed.leaves, strict=True):
+        if before.buffer != NO_BUFFER:
+            assert narrowed.buffers[after.buffer] == manifest.buffers[before.buffer]
+    assert narrowed.programs == manifest.programs
+
+
+@given(generations_with_programs())
+def test_needed_by_whoever_needs_all(manifest):
+    """A generation of which a start needs everything is that generation itself."""
+    if {segment.consumer for segment in manifest.segments} <= {EAGER, BOTH, FILES, LOAD}:
+        assert needed(manifest) is manifest
+    twice = needed(needed(manifest))
+    assert twice == needed(manifest)

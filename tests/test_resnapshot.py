@@ -45,7 +45,10 @@ class Proven:
     asked: list[Any]
     at_run: Callable[[Proven], None]
 
-    def __init__(self, origin: Origin, pinned: Mapping[str, str], store_url: str, *, beside: Any) -> None:
+    def __init__(
+        self, origin: Origin, pinned: Mapping[str, str], store_url: str, *, beside: Any, program: Any = None
+    ) -> None:
+        assert program is None
         self.pinned = dict(pinned)
         self.stopped = threading.Event()
         self.given = (origin, dict(pinned), store_url)

@@ -20,6 +20,8 @@ PACKAGES = (
     ("pydantic", "", "checked settings"),
     ("boto3", "s3", "stores at s3:// and r2://"),
     ("torch", "torch", "states made of torch modules and tensors"),
+    ("onnxruntime", "onnx", "programs on a CPU"),
+    ("onnxscript", "onnx-export", "making programs for a CPU"),
     ("tokenizers", "demo", "the demo handler"),
     ("cupy-cuda12x", "gpu", "states on an NVIDIA GPU"),
     ("nvidia-nvcomp-cu12", "gpu", "decompression on the GPU"),
@@ -55,10 +57,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding: platform, settings, device, store, cache, packages."""
+    """Every finding: platform, settings, device, store, cache, programs, packages."""
     yield _python()
     yield from _system()
-    for topic, look in (("settings", _settings), ("device", _device), ("store", _store), ("cache", _cache)):
+    topics = {"settings": _settings, "device": _device, "store": _store, "cache": _cache, "programs": _programs}
+    for topic, look in topics.items():
         try:
             yield from look()
         except ColdstartError as error:
@@ -181,6 +184,34 @@ def _cache() -> Iterator[Finding]:
     yield Finding("cache", "ok", f"{settings.cache}: {usage.copies} copies, {limit}")
     if not settings.store.startswith(("s3://", "r2://")):
         yield Finding("cache", "note", f"not used: {settings.store} is no remote store")
+
+
+def _programs() -> Iterator[Finding]:
+    """Which programs a start here could run: each backend's runtime, and whether the store may give code."""
+    from coldstart.config import load
+    from coldstart.devices import pick
+    from coldstart.errors import ProgramRuntimeError
+    from coldstart.programs import BACKENDS, backend_of
+    from coldstart.trust import distrust
+
+    settings = load()
+    if not settings.programs:
+        yield Finding("programs", "note", "off (COLDSTART_PROGRAMS): starts restore the state and compute eagerly")
+        return
+    device_type = pick(settings.device).type
+    for name in BACKENDS:
+        try:
+            platform = backend_of(name).platform(device_type)
+        except ProgramRuntimeError as error:
+            yield Finding("programs", "note", f"{name}: {error}")
+        else:
+            yield Finding(
+                "programs", "ok", f"{name}: {', '.join(f'{part} {value}' for part, value in platform.items())}"
+            )
+    if settings.has_store:
+        reason = distrust(settings.store, trust_store=settings.trust_store, is_signed=False)
+        trusted = f"{settings.store} is trusted to give code"
+        yield Finding("programs", "note" if reason else "ok", reason or trusted)
 
 
 def _packages() -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from coldstart.errors import HandlerError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_STEP = re.compile(r'(?:\A|\.)([A-Za-z_]\w*)|\[(-?\d+|"(?:[^"\\]|\\.)*")\]')
+_STEP = re.compile(r'(?:\A|(?!\A)\.)([A-Za-z_]\w*)|\[(-?\d+|"(?:[^"\\]|\\.)*")\]')
 _VARIABLE = 0x04  # inspect.CO_VARARGS
 
 

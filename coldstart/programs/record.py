@@ -152,7 +152,7 @@ def _program(document: Mapping[str, Any]) -> Program:
         backend=_text(document["backend"]),
         platform=platform,
         options=_text(document["options"]),
-        tolerance={_text(dtype): float(value) for dtype, value in document["tolerance"].items()},
+        tolerance={_text(dtype): _number(value) for dtype, value in document["tolerance"].items()},
         entries=tuple(map(_entry, entries)),
     )
     _require(program.id == program_id(program.backend, platform))
@@ -201,6 +201,11 @@ def _text(value: Any) -> str:
 def _count(value: Any) -> int:
     _require(type(value) is int and 0 <= value < 1 << 53)
     return int(value)
+
+
+def _number(value: Any) -> float:
+    _require(type(value) in (int, float) and 0 <= value < float("inf"))
+    return float(value)
 
 
 def _require(holds: bool) -> None:  # noqa: FBT001

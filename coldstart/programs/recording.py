@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import ExportError
 from coldstart.programs.calls import as_torch
-from coldstart.programs.signature import named_arguments, taken_apart
+from coldstart.programs.signature import named_arguments, same_structure, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ class Recorder:
                 " export(example=...)"
             )
         for call in calls[1:]:
-            if call.structure != calls[0].structure:
+            if not same_structure(call.structure, calls[0].structure):
                 raise ExportError(
                     f"entry point {path!r} is called in two ways ({_shown(calls[0].structure)} and"
                     f" {_shown(call.structure)}): let each be an entry point of its own"

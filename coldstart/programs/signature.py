@@ -157,9 +157,14 @@ def check_structure(node: Any, arrays: int, *, depth: int = 0) -> None:
     raise ProgramError("a program's record has a malformed structure")
 
 
+def same_structure(one: Any, other: Any) -> bool:
+    """Whether two structures are the same: 1 is neither True nor 1.0, which compute otherwise, and NaN is NaN."""
+    return repr(one) == repr(other)
+
+
 def check_call(signature: Signature, structure: Any, arrays: Sequence[tuple[str, Any]], *, entry: str) -> None:
     """Raise ProgramCallError unless the call is one that the program was made for."""
-    if structure != signature.arguments:
+    if not same_structure(structure, signature.arguments):
         _refuse(entry, next(_differences(signature.arguments, structure, ""), "is called in another way"))
     sizes: dict[str, int] = {}
     for wanted, (name, array) in zip(signature.inputs, arrays, strict=True):
@@ -204,7 +209,7 @@ def _most(size: int) -> str:
 
 def _differences(recorded: Any, given: Any, name: str) -> Iterator[str]:
     """What is different in the structure of a call, argument by argument."""
-    if recorded == given or recorded[0] == given[0] == "array":
+    if same_structure(recorded, given) or recorded[0] == given[0] == "array":
         return
     kind = recorded[0]
     if kind == given[0] and kind in ("dict", "outputs"):

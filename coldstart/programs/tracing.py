@@ -222,6 +222,8 @@ def _size(size: Any, limits: dict[str, tuple[int, int]], exported: Any) -> int |
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    if expression.is_number:  # a symbol at first, until the code turned out to fix it
+        return int(expression)
     name = str(expression)
     if name not in limits:
         found = exported.range_constraints.get(expression)

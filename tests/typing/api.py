@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypedDict, assert_type
 
-from coldstart import Context, Handler, Policy, Warmup, coldstart, prefetch, serve, subscribe
+from coldstart import Context, Handler, Policy, Warmup, coldstart, export, prefetch, serve, subscribe
 from coldstart.decorator import ClassHandler
+from coldstart.exports import Export
 from coldstart.testing import CheckReport, check
 
 
@@ -64,7 +65,19 @@ async def async_generator_handler(event: Event, model: None) -> AsyncIterator[by
     yield b""
 
 
-@coldstart("class", warmup=[["a"]])
+@coldstart("program", load=load, program=export(), warmup=[["a"]])
+def program_handler(event: Event, model: dict[str, float]) -> int:
+    """Answer with a program."""
+    return len(model)
+
+
+@coldstart("entries", load=load, build=load, program=export(("encoder", "decoder"), backend="onnx"))
+def entries_handler(event: Event, model: dict[str, float]) -> Iterator[int]:
+    """Answer with two programs, piece by piece."""
+    yield len(model)
+
+
+@coldstart("class", program=export(entry="encoder", dynamic={"ids": {0: (1, 64)}}), warmup=[["a"]])
 class ClassModel:
     """A model as a class."""
 
@@ -87,6 +100,9 @@ assert_type(sync_handler(an_event), dict[str, int])
 assert_type(sync_handler.run(an_event, Model()), Any)
 assert_type(generator_handler(an_event), Iterator[str])
 assert_type(async_generator_handler(an_event), AsyncIterator[bytes])
+assert_type(program_handler(an_event), int)
+assert_type(entries_handler(an_event), Iterator[int])
+assert_type(export(tolerance={"float32": 1e-4}, example={"ids": [1]}), Export)
 assert_type(sync_handler.__name__, str)
 
 # mypy does not see what a class decorator returns, so a handler made of a class is typed where the decorator is called.
@@ -135,6 +151,12 @@ coldstart("x", load=load, warmup=3)  # type: ignore[call-overload]
 coldstart("x", load=load, version=2)  # type: ignore[call-overload]
 coldstart("x", load=load, env=[1])  # type: ignore[list-item]
 coldstart("x", load=load, policy={"after_events": 1})  # type: ignore[call-overload]
+coldstart("x", load=load, program=True)  # type: ignore[call-overload]
+coldstart("x", load=load, program="encoder")  # type: ignore[call-overload]
+export(3)  # type: ignore[arg-type]
+export("", {})  # type: ignore[call-arg, misc]
+export(backend=1)  # type: ignore[arg-type]
+export(tolerance={"float32": "tight"})  # type: ignore[dict-item]
 coldstart("x", load)  # type: ignore[call-overload]
 sync_handler("text")  # type: ignore[arg-type]
 sync_handler(an_event, Model())  # type: ignore[call-arg]
