@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -335,6 +336,21 @@ def test_killed_worker(project: Project, tmp_path: Path) -> None:
         os.utime(folder, (1, 1))
         left.append(folder)
     assert [path.name for path in temporary.iterdir()] == [left[1].name]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_killed_making(project: Project) -> None:
+    """A process that makes a program and is killed, as for want of memory, says nothing about the program: others may try."""
+    project.write(STUCK)
+    with project.popen("-m", "coldstart", "run", "handler.py", "--json") as worker:
+        pid, _ = _making(project)
+        os.kill(pid, signal.SIGKILL)
+        output, errors = worker.communicate(timeout=RUN_SECONDS)
+    assert worker.returncode == 0, errors
+    (capture,) = json.loads(output.splitlines()[-1])["captures"]
+    assert (capture["published"], capture["program"]) == (False, "onnx")
+    assert "the process of the export ended with status -9 and no answer" in capture["reason"]
+    assert project.objects("refusals") == []
 
 
 def _making(project: Project) -> tuple[int, Path]:
