@@ -243,6 +243,10 @@ class Repository:
             return None
         return self.time.now() - info.modified_seconds if info.size_bytes == length_bytes else float("inf")
 
+    def manifest_bytes(self, manifest: Manifest, key: str) -> bytes:
+        """A manifest as it is stored under ``key``: signed if there is a key for that. Raises ConfigError."""
+        return manifest_to_json(self.seals.signed_manifest(manifest, key))
+
     def put_manifest(self, manifest: Manifest) -> str:
         """Store a manifest, signed if there is a key for that, under a fresh object key, and return this one.
 
@@ -250,7 +254,7 @@ class Repository:
         ConfigError where it cannot be signed.
         """
         key = manifest_key(manifest.name, manifest.generation, self._unique())
-        data = manifest_to_json(self.seals.signed_manifest(manifest, key))
+        data = self.manifest_bytes(manifest, key)
         manifest_from_json(data)
         self.store.put(key, data, if_absent=True)
         return key
