@@ -31,8 +31,9 @@ QUIET = {
     "COLDSTART_LOG": "off",
     "COLDSTART_FRESH": "off",
     "COLDSTART_CACHE": "",
+    "COLDSTART_STORE_REPLICAS": "",
 }
-"""A proof writes nothing: no generation, no record, no log; and it reads the store itself, not this host's copies."""
+"""A proof writes nothing: no generation, no record, no log; and it reads the store itself, no copy of it anywhere."""
 
 
 class Origin(NamedTuple):

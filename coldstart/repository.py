@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import (
@@ -94,12 +95,24 @@ class Repository:
 
     def manifest(self, key: str, *, name: str, ahead: Reader | None = None) -> Manifest:
         """Read the manifest ``key``, which must be of snapshot ``name``. Raises StoreError, ManifestError."""
-        manifest = manifest_from_json(self._get(key, ahead).data)
+        try:
+            manifest = manifest_from_json(self._get(key, ahead).data)
+        except FormatVersionError:
+            raise
+        except ManifestError as error:
+            manifest = self._manifest_of_replica(key, error)
         if manifest.name != name:
             raise ManifestError(
                 f"manifest {key} is of snapshot {manifest.name!r}, not {name!r}", snapshot=name, key=key
             )
         return manifest
+
+    def _manifest_of_replica(self, key: str, error: ManifestError) -> Manifest:
+        """The manifest as a replica has it; raises ``error``, that of the store's own, where none has a good one."""
+        for copy in self.store.replica_copies(key):
+            with suppress(ManifestError):
+                return manifest_from_json(copy)
+        raise error
 
     def _get(self, key: str, ahead: Reader | None) -> StoredObject:
         found = None if ahead is None else ahead(key)
@@ -197,6 +210,10 @@ class Repository:
         ) from error
 
     def _swap(self, key: str, ref: Ref, etag: str) -> None:
+        if not self.store.capabilities.compare_and_swap and self._etag(key) != etag:
+            raise ConditionFailedError(
+                f"{key!r} has changed since it was read", key=key
+            )  # a late look, for want of better
         self.store.put(key, ref_to_json(ref), if_absent=not etag, if_match=etag or None)
 
     def _point_newest(self, ref: Ref) -> None:

@@ -62,7 +62,9 @@ def environment_of(scenario: str, folder: Path) -> dict[str, str]:
     """The environment of one trial, with store and restored files below ``folder``, which is this round's own."""
     store = "off" if scenario in (ORDINARY, NAIVE) else f"file://{folder / 'store'}"
     files = str(folder / f"files-{scenario}")
-    return config.child_environment({"COLDSTART_STORE": store, "COLDSTART_FILES_FOLDER": files})
+    return config.child_environment(
+        {"COLDSTART_STORE": store, "COLDSTART_STORE_REPLICAS": None, "COLDSTART_FILES_FOLDER": files}
+    )
 
 
 def run_trial(target: Target, scenario: str, number: int, folder: Path) -> Trial:

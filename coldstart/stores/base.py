@@ -42,6 +42,23 @@ class Capabilities(NamedTuple):
     atomic_put: bool = True
 
 
+class Tally(NamedTuple):
+    """What a store has got over since it was opened: requests that were sent again, and reads that a replica answered.
+
+    ``behind``: writes that a replica lacks since then, which ``coldstart snapshot verify --repair`` brings it.
+    """
+
+    retried_requests: int = 0
+    replica_reads: int = 0
+    behind: int = 0
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]  # sums of tallies, not longer tuples
+        return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def __sub__(self, other: Tally) -> Tally:
+        return Tally(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+
+
 class ObjectInfo(NamedTuple):
     """One stored object as a listing or a HEAD shows it. ``modified_seconds``: the store's clock, Unix time."""
 
@@ -69,6 +86,24 @@ class Store(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What this store enforces."""
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The stores that hold the same objects, the deciding one first: itself alone, unless it has replicas."""
+        return (self,)
+
+    @property
+    def tally(self) -> Tally:
+        """What it has got over so far."""
+        return Tally()
+
+    def learn(self, capabilities: Capabilities) -> None:  # noqa: B027  an optional hook: most stores know themselves
+        """Take over what another opening of this store has found out about it."""
+
+    def replica_copies(self, key: str) -> Iterator[bytes]:
+        """What replicas hold of an object, for whoever found the store's own to be wrong. Leaves out what cannot be read."""
+        check_key(key)
+        return iter(())
 
     @abstractmethod
     def get(self, key: str) -> StoredObject:
@@ -120,6 +155,25 @@ class StoreWrapper(Store):
     def capabilities(self) -> Capabilities:
         """The wrapped store's."""
         return self._store.capabilities
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """Those that the wrapped store joins, or itself alone."""
+        joined = self._store.stores
+        return joined if len(joined) > 1 else (self,)
+
+    @property
+    def tally(self) -> Tally:
+        """The wrapped store's."""
+        return self._store.tally
+
+    def learn(self, capabilities: Capabilities) -> None:
+        """Tell the wrapped store."""
+        self._store.learn(capabilities)
+
+    def replica_copies(self, key: str) -> Iterator[bytes]:
+        """Of the wrapped store."""
+        return self._store.replica_copies(key)
 
     def get(self, key: str) -> StoredObject:
         """As the wrapped store."""
