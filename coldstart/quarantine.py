@@ -71,6 +71,15 @@ class Quarantine:
             os.rmdir(os.path.dirname(path))
         return True
 
+    def clear(self, name: str) -> None:
+        """Lift all notes about a snapshot: its current generation is good, and the others are not tried before it."""
+        folder = f"{self._folder}/{name}"
+        with suppress(OSError):  # there is none, or somebody else clears it
+            for note in os.listdir(folder):
+                if note.endswith(f"-{self._store}.json"):
+                    os.unlink(f"{folder}/{note}")
+            os.rmdir(folder)
+
     def _path(self, manifest_key: str) -> str:
         _, name, generation = manifest_key.split("/")
         return f"{self._folder}/{name}/{generation}-{self._store}.json"

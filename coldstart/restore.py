@@ -215,8 +215,10 @@ class Restoration:
                 if isinstance(error, StoreTransientError) and time.monotonic() - began > STALLED_SECONDS:
                     break
             else:
-                quarantine.lift(key)
-                if recovered_by == PREVIOUS_GENERATION:
+                if recovered_by != PREVIOUS_GENERATION:
+                    quarantine.clear(self.request.name)
+                else:
+                    quarantine.lift(key)
                     self._bus.publish(events.Recovered(self.request.name, PREVIOUS_GENERATION, restored.reason))
                 return restored
         return Unusable("; ".join(reasons), lookup)

@@ -57,7 +57,8 @@ class StoreOptions(NamedTuple):
     recovery: str = "standard"
 
     def __repr__(self) -> str:
-        shown = self._replace(**{field: _MASK for field in _SECRETS if getattr(self, field)})
+        masked: dict[str, Any] = {field: _MASK for field in _SECRETS if getattr(self, field)}
+        shown = self._replace(**masked)
         pairs = ", ".join(f"{name}={value!r}" for name, value in zip(self._fields, shown, strict=True))
         return f"StoreOptions({pairs})"
 
