@@ -25,12 +25,16 @@ import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.errors import StoreSetupError
+from coldstart.errors import BlobCorruptError, StoreSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KEY = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}(/[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}){0,15}\Z")
+
+
+MAX_OBJECT_BYTES = 80 << 20
+"""More than any object of ours has: a chunk of 64 MiB that did not shrink. A store's ``get`` takes no larger one into memory."""
 
 
 class Capabilities(NamedTuple):
@@ -107,7 +111,7 @@ class Store(ABC):
 
     @abstractmethod
     def get(self, key: str) -> StoredObject:
-        """Read a whole object. Raises ObjectMissingError."""
+        """Read a whole object. Raises ObjectMissingError, and BlobCorruptError for one of more than MAX_OBJECT_BYTES."""
 
     @abstractmethod
     def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
@@ -202,6 +206,14 @@ class StoreWrapper(Store):
     def close(self) -> None:
         """Close the wrapped store."""
         self._store.close()
+
+
+def check_size(key: str, size_bytes: int) -> None:
+    """Raise BlobCorruptError for an object that is larger than any of ours, before it is taken into memory."""
+    if size_bytes > MAX_OBJECT_BYTES:
+        raise BlobCorruptError(
+            f"{key!r} has {size_bytes} bytes, more than the {MAX_OBJECT_BYTES} that any object of a snapshot has", key=key
+        )
 
 
 def check_key(key: str) -> str:
