@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from coldstart.definition import Policy as Policy
     from coldstart.definition import Warmup as Warmup
     from coldstart.errors import ColdstartError as ColdstartError
+    from coldstart.exports import Export as Export
+    from coldstart.exports import export as export
 
 from coldstart.terms import VERSION as __version__  # noqa: E402, N811  what checkers see stands first
 
@@ -28,10 +30,12 @@ from coldstart.terms import VERSION as __version__  # noqa: E402, N811  what che
 _HOMES = {
     "ColdstartError": "coldstart.errors",
     "Context": "coldstart.context",
+    "Export": "coldstart.exports",
     "Handler": "coldstart.decorator",
     "Policy": "coldstart.definition",
     "Warmup": "coldstart.definition",
     "coldstart": "coldstart.api",
+    "export": "coldstart.exports",
     "prefetch": "coldstart.api",
     "serve": "coldstart.api",
     "subscribe": "coldstart.api",
@@ -40,11 +44,13 @@ _HOMES = {
 __all__ = [
     "ColdstartError",
     "Context",
+    "Export",
     "Handler",
     "Policy",
     "Warmup",
     "__version__",
     "coldstart",
+    "export",
     "prefetch",
     "serve",
     "subscribe",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from coldstart.decorator import ClassHandler, Handler
     from coldstart.definition import Policy, Warmup
+    from coldstart.exports import Export
 
     E = TypeVar("E")
     M = TypeVar("M")
@@ -46,6 +47,7 @@ class _Coldstart:
             version: str | None = None,
             concurrency: int = 1,
             policy: Policy | None = None,
+            program: Export | None = None,
         ) -> Callable[[Callable[[E, M], R]], Handler[E, R]]: ...
         @overload
         def __call__(
@@ -60,6 +62,7 @@ class _Coldstart:
             version: str | None = None,
             concurrency: int = 1,
             policy: Policy | None = None,
+            program: Export | None = None,
         ) -> Callable[[type], ClassHandler]: ...
 
     def __call__(
@@ -81,6 +84,7 @@ class _Coldstart:
         version: str | None = None,
         concurrency: int = 1,
         policy: Policy | None = None,
+        program: Export | None = None,
         **unknown: Any,
     ) -> Any:
         """Decorate a handler function ``(event, model)`` or a class with ``load`` and ``handle``.
@@ -96,6 +100,7 @@ class _Coldstart:
         ``ctx.env`` and ``ctx.secret`` may read; only the values of ``env`` belong to the snapshot's key. ``kinds``:
         path prefix -> kind of buffers that events change on purpose. ``version`` replaces the code in the key.
         ``concurrency``: events at a time, for the platforms. ``policy``: when to make a new generation.
+        ``program``: ``coldstart.export(...)``, to have the computation compiled into the snapshot.
 
         Raises HandlerError for arguments that cannot work; nothing is started.
         """
@@ -115,6 +120,7 @@ class _Coldstart:
             "version": version,
             "concurrency": concurrency,
             "policy": policy,
+            "program": program,
         }
         check_name(name)
         _check_arguments(surplus, unknown, options)

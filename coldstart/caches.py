@@ -29,6 +29,8 @@ _HUB_FOLDER = "hub"
 _REPOSITORY_PREFIXES = ("models--", "datasets--", "spaces--")
 _SECRETS = ("token", "stored_tokens")
 _HUB_CONSTANTS = "huggingface_hub.constants"
+PROGRAM_ROOT = "program_"
+"""How the roots of programs' files begin."""
 _HUB_ROOTS = frozenset(("HF_HOME", "HF_HUB_CACHE"))
 WEIGHT_SUFFIXES = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .onnx .npz .npy .pkl .data".split()  # noqa: SIM905
@@ -177,6 +179,11 @@ def _real(parent: str, name: str) -> str:
 # --- putting restored files in place ---------------------------------------------------------------------------------
 
 
+def own_files(manifest: Manifest) -> tuple[FileEntry, ...]:
+    """The files of a state: all but those of programs, which are read by who runs them."""
+    return tuple(entry for entry in manifest.files if not entry.root.startswith(PROGRAM_ROOT))
+
+
 def place_files(manifest: Manifest, arena: Arena, base: Path) -> Path:
     """Write the files of ``manifest`` from ``arena`` below ``base`` and return their folder: ``<folder>/<root>/<name>``.
 
@@ -206,16 +213,17 @@ def _files_digest(manifest: Manifest) -> str:
     """The same for the same files with the same bytes, whatever generation they come from."""
     from blake3 import blake3
 
-    segments = {entry.segment for entry in manifest.files}
+    segments = {entry.segment for entry in own_files(manifest)}
     hashes = [chunk.raw_hash for chunk in manifest.chunks if chunk.segment in segments]
     names = [
-        f"{entry.root}/{entry.name}/{entry.mode}/{entry.offset_bytes}+{entry.length_bytes}" for entry in manifest.files
+        f"{entry.root}/{entry.name}/{entry.mode}/{entry.offset_bytes}+{entry.length_bytes}"
+        for entry in own_files(manifest)
     ]
     return str(blake3("\n".join(hashes + names).encode()).hexdigest(length=16))
 
 
 def _is_complete(folder: Path, manifest: Manifest, arena: Arena) -> bool:
-    return folder.is_dir() and all(_is_whole(folder, entry, arena) for entry in manifest.files)
+    return folder.is_dir() and all(_is_whole(folder, entry, arena) for entry in own_files(manifest))
 
 
 def _is_whole(folder: Path, entry: FileEntry, arena: Arena) -> bool:
@@ -236,7 +244,7 @@ def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = _draft_of(folder)
     try:
-        for entry in manifest.files:
+        for entry in own_files(manifest):
             path = draft / entry.root / entry.name
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             end = entry.offset_bytes + entry.length_bytes
@@ -252,7 +260,7 @@ def _write_folder(folder: Path, manifest: Manifest, arena: Arena) -> None:
 
 def _mend(folder: Path, manifest: Manifest, draft: Path, arena: Arena) -> None:
     """Put files that are missing, cut off or altered back into a folder that other processes may be using."""
-    for entry in manifest.files:
+    for entry in own_files(manifest):
         if not _is_whole(folder, entry, arena):
             path = folder / entry.root / entry.name
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -282,7 +290,7 @@ def point_to(folder: Path, manifest: Manifest) -> str:
     Returns "" or, where a hub's library has read its variables already, what was done instead: the files were linked
     into the cache that it uses. Raises StoreSetupError where that cannot be written.
     """
-    roots = {entry.root for entry in manifest.files} - {KEPT}
+    roots = {entry.root for entry in own_files(manifest)} - {KEPT}
     if not roots or _hubs.folder == folder:
         return ""
     if _hubs.folder is None:
@@ -313,7 +321,7 @@ def point_back() -> None:
 
 def _link_into_live_caches(folder: Path, manifest: Manifest) -> None:
     roots = cache_roots()
-    for entry in manifest.files:
+    for entry in own_files(manifest):
         target = _live_place(entry, roots)
         if target is None or target.exists():
             continue

@@ -17,20 +17,23 @@ import os
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart import plan
+from coldstart import others, plan
+from coldstart.caches import WEIGHT_SUFFIXES, FileSource
 from coldstart.errors import CaptureError, StateChangedError
 from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
+from coldstart.programs.record import consumer_of, to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from coldstart.caches import FileSource
     from coldstart.frameworks import Survey
     from coldstart.manifest import KeyRecord, Leaf, Segment
     from coldstart.plan import Extent, Item, Layout
+    from coldstart.programs.placing import Placed
     from coldstart.repository import Repository
     from coldstart.save import Saved, Saving
 
@@ -53,6 +56,10 @@ class Capture(NamedTuple):
     warmup_digests: tuple[str, ...]
     provenance: Mapping[str, str]
     mends: bool = False
+    program: Placed | None = None
+    """A program to be stored with it, for this platform; those of other platforms are kept as the parent has them."""
+    outside: Callable[[str], bool] | None = None
+    """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
 
 
 class Encoding(NamedTuple):
@@ -146,12 +153,13 @@ def write_generation(
 
 def _array_sources(capture: Capture) -> list[_Source]:
     if capture.survey is None:
-        return []
+        return _constant_sources(capture)
     leaves_of: dict[int, Any] = {}
     for found in capture.survey.leaves:
         if found.leaf.buffer != NO_BUFFER:
             leaves_of.setdefault(found.leaf.buffer, found.leaf)
     sources = []
+    both = _storages_of_both(capture)
     for index, storage in enumerate(capture.survey.storages):
         leaf = leaves_of[index]
         item = plan.Item(
@@ -159,11 +167,41 @@ def _array_sources(capture: Capture) -> list[_Source]:
             storage.length_bytes,
             _plane_bytes(leaf),
             kind_of(leaf.path, capture.kinds),
-            "eager",
+            plan.BOTH if index in both else plan.EAGER,
             is_file=False,
         )
         sources.append(_Source(item, partial(_slice, memoryview(storage.data))))
-    return sources
+    return sources + _constant_sources(capture)
+
+
+def _storages_of_both(capture: Capture) -> set[int]:
+    """The storages that a start with a program needs too: with constants of one, or with arrays around what it replaces."""
+    assert capture.survey is not None
+    if capture.program is None:
+        return set()
+    found = set(capture.program.shared)
+    kept_names = others.shared_buffers(capture.parent, capture.program.program.id) if _is_replaced(capture) else set()
+    for each in capture.survey.leaves:
+        leaf = each.leaf
+        if leaf.buffer != NO_BUFFER and (
+            leaf.path in kept_names or (capture.outside is not None and capture.outside(leaf.path))
+        ):
+            found.add(leaf.buffer)
+    return found
+
+
+def _constant_sources(capture: Capture) -> list[_Source]:
+    """The constants of the program that are no arrays of the state."""
+    if capture.program is None:
+        return []
+    consumer = consumer_of(capture.program.program.id)
+    return [
+        _Source(
+            plan.Item(block.name, len(block.data), block.item_bytes, block.kind, consumer),
+            partial(_slice, memoryview(block.data)),
+        )
+        for block in capture.program.blocks
+    ]
 
 
 def _plane_bytes(leaf: Leaf) -> int:
@@ -188,16 +226,35 @@ def _is_at_or_below(path: str, prefix: str) -> bool:
 
 def _file_sources(capture: Capture) -> list[_Source]:
     sources = []
-    for file in capture.files:
+    for file in files_of(capture):
         try:
             length_bytes = os.stat(file.path).st_size
         except OSError as error:
             raise CaptureError(
                 f"cannot read {file.path}, which the snapshot should hold: {error}", snapshot=capture.name
             ) from error
-        item = plan.Item(f"{file.root}/{file.name}", length_bytes, 1, "other", "files", is_file=True)
+        item = plan.Item(
+            plan.file_item_name(file.root, file.name), length_bytes, 1, "other", _reader_of(file, capture), is_file=True
+        )
         sources.append(_Source(item, _file_reader(file.path, length_bytes, capture.name)))
     return sources
+
+
+def files_of(capture: Capture) -> list[FileSource]:
+    """The files of a capture: those of the state, then those of its program."""
+    if capture.program is None:
+        return list(capture.files)
+    root = consumer_of(capture.program.program.id)
+    return [*capture.files, *(FileSource(root, name, str(path)) for name, path in capture.program.files.items())]
+
+
+def _reader_of(file: FileSource, capture: Capture) -> str:
+    """The consumer of a file's segment. A start with a program reads no weights from files: its constants are there."""
+    if capture.program is None:
+        return plan.FILES
+    if file.root == consumer_of(capture.program.program.id):
+        return file.root
+    return plan.LOAD if Path(file.name).suffix in WEIGHT_SUFFIXES else plan.FILES
 
 
 def _file_reader(path: str, length_bytes: int, snapshot: str) -> Callable[[int, int], memoryview]:
@@ -262,7 +319,7 @@ def _padding(length_bytes: int) -> Iterator[memoryview]:
 
 def is_lasting(segment: Segment) -> bool:
     """Whether the segment's bytes must be the same when all is copied: weights and files. Other kinds are declared to change."""
-    return segment.kind == "weights" or segment.consumer == plan.FILES
+    return segment.kind == "weights" or segment.consumer not in (plan.EAGER, plan.BOTH)
 
 
 def _terms(capture: Capture, layout: Layout, encoding: Encoding, *, has_replicas: bool) -> Terms:
@@ -299,20 +356,20 @@ def _is_replaced(capture: Capture) -> bool:
 
 
 def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chunks: tuple[Chunk, ...]) -> Manifest:
-    placed = list(zip(sources, layout.places, strict=True))
+    sources_in_places = list(zip(sources, layout.places, strict=True))
     buffers = tuple(
         Buffer(source.item.name, source.item.kind, place.segment, place.offset_bytes, source.item.length_bytes)
-        for source, place in placed
+        for source, place in sources_in_places
         if not source.item.is_file
     )
-    places_of_files = [place for source, place in placed if source.item.is_file]
+    places_of_files = [place for source, place in sources_in_places if source.item.is_file]
     lengths = [source.item.length_bytes for source in sources if source.item.is_file]
     files = tuple(
         FileEntry(file.root, file.name, _mode(file.path), place.segment, place.offset_bytes, length_bytes)
-        for file, place, length_bytes in zip(capture.files, places_of_files, lengths, strict=True)
+        for file, place, length_bytes in zip(files_of(capture), places_of_files, lengths, strict=True)
     )
-    survey = capture.survey
-    return Manifest(
+    survey, placed = capture.survey, capture.program
+    manifest = Manifest(
         name=capture.name,
         generation=capture.generation,
         parent=capture.parent_key,
@@ -325,10 +382,10 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chun
         leaves=() if survey is None else tuple(found.leaf for found in survey.leaves),
         files=files,
         chunks=chunks,
-        pools=(),
+        pools=placed.pools if placed is not None else (),
         tree=None if survey is None else survey.tree,
         modules={} if survey is None else dict(survey.modules),
-        programs=(),
+        programs=(to_json(placed.program),) if placed is not None else (),
         platform={},
         provenance=dict(capture.provenance),
         warmup_digests=capture.warmup_digests,
@@ -336,6 +393,9 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chun
         signature="",
         extra={},
     )
+    if placed is None or capture.parent is None or not _is_replaced(capture):
+        return manifest
+    return others.with_programs_of(manifest, capture.parent, placed.program.id)
 
 
 def _mode(path: str) -> int:

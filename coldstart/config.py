@@ -134,6 +134,7 @@ SETTINGS: tuple[Setting, ...] = (
         "memory of a restore or capture beyond the state itself",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
+    _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
     _setting(
         "capture_wait_seconds", kinds.seconds(86_400), 60.0, "how long the end of the process waits for a capture"
     ),
@@ -171,6 +172,12 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("replica_access_key_id", _SECRET, "", "credential of the replicas; empty: the store's own", secret=True),
     _setting("replica_secret_access_key", _SECRET, "", "credential of the replicas", secret=True),
     _setting("replica_session_token", _SECRET, "", "credential of the replicas", secret=True),
+    _setting(
+        "trust_store",
+        kinds.flag(),
+        False,
+        "execute unsigned programs and kernel caches of the store; a folder of this user's own needs no such word",
+    ),
 )
 _BY_FIELD = {setting.field: setting for setting in SETTINGS}
 _CREDENTIALS = ("access_key_id", "secret_access_key", "session_token")
@@ -196,6 +203,7 @@ class Settings(NamedTuple):
     fetch_threads: int
     memory_budget_bytes: int
     capture: bool
+    programs: bool
     capture_wait_seconds: float
     capture_idle_seconds: float
     capture_engine: str
@@ -217,6 +225,7 @@ class Settings(NamedTuple):
     replica_access_key_id: str
     replica_secret_access_key: str
     replica_session_token: str
+    trust_store: bool
     sources: Mapping[str, Source]
     """Field -> where its value came from."""
 

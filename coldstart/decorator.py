@@ -49,6 +49,10 @@ else:
 def decorate(name: Any, target: Any, options: Mapping[str, Any]) -> Any:
     """Make a handler of ``target``, a function or a class. Raises HandlerError for anything that cannot work."""
     definition = define(name, target, options)
+    if definition.program is not None:
+        from coldstart.exports import check_program
+
+        check_program(definition)
     wrapper = _WRAPPERS[definition.kind](definition)
     _dress(wrapper, target, definition)
     return wrapper

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from coldstart.exports import Export
     from coldstart.worker import Worker
 
 _GENERATOR, _COROUTINE, _ASYNC_GENERATOR, _VARARGS = 0x20, 0x80, 0x200, 0x04  # inspect.CO_* flags
@@ -25,7 +26,7 @@ RESERVED = ("run",)
 """What a handler has of its own: no public method of a class may be called that."""
 
 
-class _Frozen:
+class Frozen:
     """A small value: attributes set once, equality and repr by them. A dataclass would cost 23 ms at import."""
 
     __slots__: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class _Frozen:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
 
 
-class Warmup(_Frozen):
+class Warmup(Frozen):
     """How a worker warms up: inputs that go through the real handler before the first event.
 
     ``inputs`` become events ``{"id": "warmup-N", "input": ...}``, run ``iterations`` times over. Phases named in
@@ -67,26 +68,26 @@ class Warmup(_Frozen):
         target_seconds: float = 30.0,
         maximum_seconds: float = 300.0,
     ) -> None:
-        if not _is_sequence(inputs):
+        if not is_sequence(inputs):
             raise HandlerError(
                 f"warmup= takes a list of inputs, such as [{{'texts': ['a']}}], or a Warmup(...), not {inputs!r}"
             )
-        if not _is_number(iterations, least=1, whole=True):
+        if not is_number(iterations, least=1, whole=True):
             raise HandlerError(f"Warmup(iterations={iterations!r}) must be a whole number of at least 1")
-        if not _is_sequence(skip) or any(phase not in SKIPPABLE_PHASES for phase in skip):
+        if not is_sequence(skip) or any(phase not in SKIPPABLE_PHASES for phase in skip):
             raise HandlerError(
                 f"Warmup(skip={skip!r}) takes a list of phases; it may name {', '.join(SKIPPABLE_PHASES)}"
             )
-        if not (_is_number(target_seconds) and _is_number(maximum_seconds)):
+        if not (is_number(target_seconds) and is_number(maximum_seconds)):
             raise HandlerError(
                 f"Warmup(target_seconds={target_seconds!r}, maximum_seconds={maximum_seconds!r}) takes seconds"
                 " of 0 or more"
             )
-        _set(self, inputs=tuple(inputs), iterations=iterations, skip=tuple(skip))
-        _set(self, target_seconds=target_seconds, maximum_seconds=maximum_seconds)
+        assign(self, inputs=tuple(inputs), iterations=iterations, skip=tuple(skip))
+        assign(self, target_seconds=target_seconds, maximum_seconds=maximum_seconds)
 
 
-class Policy(_Frozen):
+class Policy(Frozen):
     """When a worker makes a new generation although one is there for its key. 0 switches a condition off.
 
     ``after_events``: once this many events were served since the last one. ``interval_seconds``: this long after
@@ -102,13 +103,14 @@ class Policy(_Frozen):
         self, *, after_events: int = 0, interval_seconds: float = 0.0, maximum_age_seconds: float = 0.0
     ) -> None:
         given = (after_events, interval_seconds, maximum_age_seconds)
-        if not (_is_number(after_events, whole=True) and all(map(_is_number, given))):
+        if not (is_number(after_events, whole=True) and all(map(is_number, given))):
             raise HandlerError(f"Policy{given} takes a whole number of events, and seconds, of 0 or more")
-        _set(self, after_events=after_events, interval_seconds=interval_seconds)
-        _set(self, maximum_age_seconds=maximum_age_seconds)
+        assign(self, after_events=after_events, interval_seconds=interval_seconds)
+        assign(self, maximum_age_seconds=maximum_age_seconds)
 
 
-def _set(target: object, **values: object) -> None:
+def assign(target: object, **values: object) -> None:
+    """Set attributes of a frozen value, in its constructor."""
     for name, value in values.items():
         object.__setattr__(target, name, value)
 
@@ -133,6 +135,7 @@ class Definition:
         "name",
         "owner",
         "policy",
+        "program",
         "ready_worker",
         "secrets",
         "version",
@@ -161,6 +164,7 @@ class Definition:
     version: str | None
     concurrency: int
     policy: Policy
+    program: Export | None
     ready_worker: Worker | None
 
     @property
@@ -191,7 +195,7 @@ def check_name(name: Any, most: int = 100) -> str:
 
 
 def _checked_names(names: Any, what: str) -> tuple[str, ...]:
-    if not _is_sequence(names) or not all(isinstance(name, str) and name for name in names):
+    if not is_sequence(names) or not all(isinstance(name, str) and name for name in names):
         raise HandlerError(f"{what}= takes a list of variable names, such as {what}=['MODEL_ID'], not {names!r}")
     return tuple(names)
 
@@ -226,12 +230,13 @@ def _check_options(definition: Definition) -> None:
         raise HandlerError(f"policy= takes a coldstart.Policy(...), not {definition.policy!r}")
 
 
-def _is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> bool:
     """Whether a user can have meant a list by it: a text or a mapping, which can be iterated too, is a mistake."""
     return hasattr(value, "__iter__") and not isinstance(value, (str, bytes)) and not hasattr(value, "items")
 
 
-def _is_number(value: Any, *, least: int = 0, whole: bool = False) -> bool:
+def is_number(value: Any, *, least: int = 0, whole: bool = False) -> bool:
+    """Whether ``value`` is a number that is no bool and not below ``least``."""
     return type(value) in ((int,) if whole else (int, float)) and value >= least
 
 
@@ -296,6 +301,7 @@ def define(name: Any, target: Any, options: Mapping[str, Any]) -> Definition:
     definition.version = options["version"]
     definition.concurrency = options["concurrency"]
     definition.policy = Policy() if options["policy"] is None else options["policy"]
+    definition.program = options["program"]
     definition.ready_worker = None
     _check_options(definition)
     if isinstance(target, type):

@@ -17,6 +17,8 @@ from coldstart.errors import KeyUncomputableError
 from coldstart.fetch import Address, default_processes
 from coldstart.keys import find_handlers, key_from_functions, key_from_source
 from coldstart.metrics import Timeline, process_clock
+from coldstart.program_start import NONE as NO_PROGRAMS
+from coldstart.program_start import accepted
 from coldstart.repository import Repository
 from coldstart.restore import Request, Restoration
 from coldstart.stores import StoreOptions, open_store
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.devices.base import Device
     from coldstart.manifest import KeyRecord
+    from coldstart.program_start import Accepted
+    from coldstart.programs.recording import Recorder
 
 NO_STORE = "no store"
 
@@ -39,6 +43,10 @@ class Services(NamedTuple):
     serving: bool
     pinned: Mapping[str, str]
     bus: events.EventBus
+    recorder: Recorder | None = None
+    """Where calls of entry points are noted, in a process that makes a program: it starts without one."""
+    cases: str = ""
+    """The folder with the cases that a program is to be proven by."""
 
     @property
     def uses_store(self) -> bool:
@@ -183,8 +191,9 @@ def early_restorations(path: str, name: str | None, services: Services) -> tuple
         except KeyUncomputableError as error:
             return None, str(error)
     opener = opener_of_start(sources[0].name, services)
+    programs = programs_of_start(services, device, sources[0].name).identities if sources[0].has_program else ()
     restorations = {
-        part: restoration_of(snapshot_name(sources[0].name, part), key, opener, device, services)
+        part: restoration_of(snapshot_name(sources[0].name, part), key, opener, device, services, programs)
         for part, key in keys.items()
     }
     early = Early(sources[0].name, timeline, opener, restorations, environment, services.bus)
@@ -199,17 +208,27 @@ def early_of(definition: Definition, services: Services) -> Early | None:
     timeline, environment = Timeline(process_clock()), environment_now()
     device, opener = pick(services.settings.device), opener_of_start(definition.name, services)
     restorations = {}
+    programs = programs_of_start(services, device, definition.name).identities if definition.program else ()
     with timeline.span("key from functions"):
         for part in definition.load:
             with suppress(KeyUncomputableError):  # the start itself will say so
                 key = key_from_functions(definition, part, device_type=device.type, environment=environment.get)
                 name = snapshot_name(definition.name, part)
-                restorations[part] = restoration_of(name, key, opener, device, services)
+                restorations[part] = restoration_of(name, key, opener, device, services, programs)
     return Early(definition.name, timeline, opener, restorations, environment, services.bus)
 
 
-def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, services: Services) -> Restoration:
-    """Begin restoring one snapshot."""
+def programs_of_start(services: Services, device: Device, snapshot: str, backend: str = "") -> Accepted:
+    """The programs that a start of this snapshot accepts; a process that makes one starts without."""
+    if services.recorder is not None:
+        return NO_PROGRAMS
+    return accepted(services.settings, device.type, snapshot, backend=backend)
+
+
+def restoration_of(
+    name: str, key: KeyRecord, opener: Opener, device: Device, services: Services, programs: tuple[str, ...] = ()
+) -> Restoration:
+    """Begin restoring one snapshot, with one of these programs if the generation has it."""
     settings = services.settings
     request = Request(
         name=name,
@@ -223,6 +242,7 @@ def restoration_of(name: str, key: KeyRecord, opener: Opener, device: Device, se
         engine=settings.fetch_engine,
         processes=settings.fetch_processes or default_processes(),
         pinned=services.pinned.get(name, ""),
+        programs=programs,
         fresh=settings.fresh,
         recovery=settings.recovery,
     )

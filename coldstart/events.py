@@ -151,6 +151,20 @@ class CaptureBegan(NamedTuple):
     reason: str
 
 
+class ProgramPassedOver(NamedTuple):
+    """The generation has a program that this start does not use; its state is restored instead."""
+
+    name: str
+    reason: str
+
+
+class ProgramBegan(NamedTuple):
+    """A program is being made in the background."""
+
+    name: str
+    backend: str
+
+
 class CaptureSkipped(NamedTuple):
     """No generation is made."""
 
@@ -230,6 +244,8 @@ if TYPE_CHECKING:
         | WorkerFailed
         | StateChanged
         | CaptureBegan
+        | ProgramPassedOver
+        | ProgramBegan
         | CaptureSkipped
         | CaptureEnded
         | CaptureFailed

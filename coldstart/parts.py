@@ -16,10 +16,30 @@ from coldstart.config import read_variable
 from coldstart.context import Context, Declared
 from coldstart.definition import accepts
 from coldstart.devices import pick
-from coldstart.early import NO_STORE, Early, Services, address_of, opener_of_start, restoration_of, snapshot_name
-from coldstart.errors import KeyUncomputableError, StateMismatchError, StoreError, UncapturableError
+from coldstart.early import (
+    NO_STORE,
+    Early,
+    Services,
+    address_of,
+    opener_of_start,
+    programs_of_start,
+    restoration_of,
+    snapshot_name,
+)
+from coldstart.errors import (
+    KeyUncomputableError,
+    ProgramError,
+    ProofError,
+    StateMismatchError,
+    StoreError,
+    StoreSetupError,
+    UncapturableError,
+)
 from coldstart.frameworks import survey
 from coldstart.keys import key_from_functions
+from coldstart.program_start import NONE as NO_PROGRAMS
+from coldstart.program_start import eager_entries, in_place, load_calls, owners, stands_alone, unsuitable
+from coldstart.programs import backend_of
 from coldstart.recovery import LOAD, check_load
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 from coldstart.segments import keep_segments
@@ -35,6 +55,8 @@ if TYPE_CHECKING:
     from coldstart.loops import Loops
     from coldstart.manifest import KeyRecord
     from coldstart.metrics import Timeline
+    from coldstart.program_start import Accepted
+    from coldstart.programs.record import Program
     from coldstart.repository import Lookup
     from coldstart.restore import Restoration, Restored
     from coldstart.save import Saving
@@ -54,6 +76,10 @@ class Part:
         self.kind = "cold"
         self.reason = ""
         self.restored: Restored | None = None
+        self.program: Program | None = None
+        """The program that this start runs, if it has one."""
+        self.program_obstacle = ""
+        """Why it has none, where the handler asks for one."""
         self.lookup: Lookup | None = None
         self.state: Any = None
         self.survey: Survey | None = None
@@ -97,7 +123,9 @@ class Parts:
                 return Part(name, snapshot, None, None, self._make_context())
         restoration = early.take(name, key) if early else None
         if restoration is None:
-            restoration = restoration_of(snapshot, key, self.open_repository, self.device, services)
+            restoration = restoration_of(
+                snapshot, key, self.open_repository, self.device, services, self.accepted_programs(snapshot).identities
+            )
         return Part(name, snapshot, key, restoration, self._make_context())
 
     def _make_context(self) -> Context:
@@ -155,7 +183,15 @@ class Parts:
         self.context = self._joint_context()
         if self._definition.owner is None and list(self._definition.load) != [""]:
             return {part.name: part.state for part in self.parts}
-        return self.parts[0].state
+        return self._entries(self.parts[0])
+
+    def _entries(self, part: Part) -> Any:
+        """The state as the handler gets it: behind the calls of its entry points, where it asks for a program."""
+        if self._definition.program is None or part.program is not None:
+            return part.state
+        if self.wants_program(part) and part.survey is None and not part.obstacle and part.kind == "restored":
+            self._survey(part, part.state)  # before anything is put into it: a further generation is made of it
+        return eager_entries(self._definition, part.state, self._services.recorder)
 
     def _joint_context(self) -> Context:
         """What ``compile`` and ``init`` get: the one part's context, or one with the files of all parts."""
@@ -199,6 +235,68 @@ class Parts:
 
     def _restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
         """The restored state in a tuple of one, or None when there is nothing to restore. Any error means: fall back."""
+        program = restoration.program()
+        if program is None:
+            return self._restore_state(part, restoration)
+        try:
+            return self._restore_program(part, restoration, program)
+        except (ProgramError, ProofError, StoreSetupError) as error:
+            if self._services.pinned.get(part.snapshot):
+                raise
+            self._pass_over(part, f"{error}")
+        restoration.cancel()
+        assert part.key is not None
+        part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
+        return self._restore_state(part, part.restoration)
+
+    def _restore_program(self, part: Part, restoration: Restoration, program: Program) -> tuple[Any] | None:
+        """The program in place of the state. Raises ProgramError where it cannot be used, and so the state is restored."""
+        definition = self._definition
+        obstacle = unsuitable(program, definition.program)
+        if obstacle:
+            raise ProgramError(obstacle)
+        part.context.kind = "restored"
+        with self._timeline.span("import runtime"):
+            backend_of(program.backend).import_runtime()
+        outcome = restoration.outcome()
+        part.lookup = outcome.lookup
+        if isinstance(outcome, (Missing, Unusable)) or outcome.program is None:
+            return self._restore_state(part, restoration)  # the generation before it, which has none
+        part.restored, part.reason = outcome, outcome.reason
+        self._use_files(part, outcome)
+        with self._timeline.span("load program"):
+            calls = load_calls(program, outcome, self._files_folder / definition.name / "programs")
+        if self._services.cases:
+            signatures = {entry.path: entry.signature for entry in program.entries}
+            from coldstart.programs.cases import check_cases  # imports what only a proof needs
+
+            check_cases(Path(self._services.cases), calls, signatures, program.tolerance)
+        build = definition.build.get(part.name)
+        skeleton = None
+        if build is not None and not (stands_alone(definition) and definition.owner is None):
+            skeleton = self._build(build, part)
+            if outcome.manifest.rung == "arrays":
+                bind_arrays(outcome, self.subject(skeleton), besides=owners(definition, skeleton))
+        part.program = program
+        return (in_place(definition, skeleton, calls),)
+
+    def _pass_over(self, part: Part, reason: str) -> None:
+        """The start goes on without the generation's program."""
+        part.program_obstacle = reason
+        self._services.bus.publish(events.ProgramPassedOver(part.snapshot, reason))
+
+    @property
+    def _files_folder(self) -> Path:
+        return Path(self._services.settings.files_folder)
+
+    def accepted_programs(self, snapshot: str) -> Accepted:
+        """The programs that this start can run and may, by what the handler asks for."""
+        if self._definition.program is None:
+            return NO_PROGRAMS
+        return programs_of_start(self._services, self.device, snapshot, self._definition.program.backend)
+
+    def _restore_state(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
+        """The restored state itself, by its rung."""
         manifest = restoration.manifest()
         build = self._definition.build.get(part.name)
         skeleton = None
@@ -217,6 +315,11 @@ class Parts:
         part.restored, part.reason = outcome, outcome.reason
         self._use_files(part, outcome)
         if outcome.manifest.rung == "files":
+            if not caches.own_files(outcome.manifest):
+                raise StateMismatchError(
+                    "the snapshot holds a program alone, and this start cannot run it"
+                    f" ({part.program_obstacle or self.accepted_programs(part.snapshot).obstacle or 'none for this platform'})"
+                )
             outcome.arena.seal()
             return (self._call(self._definition.load[part.name], part),)
         if skeleton is None and build is not None:
@@ -240,17 +343,20 @@ class Parts:
 
     def _use_files(self, part: Part, restored: Restored) -> None:
         manifest = restored.manifest
-        if not manifest.files:
+        if not caches.own_files(manifest):
             return
         with self._timeline.span("place files"):
-            folder = caches.place_files(manifest, restored.arena, Path(self._services.settings.files_folder))
+            folder = caches.place_files(manifest, restored.arena, self._files_folder)
         late = caches.point_to(folder, manifest)
         if late:
             self._services.bus.publish(events.StoreDegraded(part.snapshot, late))
         part.files = [
-            caches.FileSource(entry.root, entry.name, str(folder / entry.root / entry.name)) for entry in manifest.files
+            caches.FileSource(entry.root, entry.name, str(folder / entry.root / entry.name))
+            for entry in caches.own_files(manifest)
         ]
-        part.context.use_restored(folder, tuple(entry.name for entry in manifest.files if entry.root == caches.KEPT))
+        part.context.use_restored(
+            folder, tuple(entry.name for entry in caches.own_files(manifest) if entry.root == caches.KEPT)
+        )
 
     def _let_go_of_files(self, part: Part) -> None:
         """Before ``load`` runs for real: hubs go online again and ``ctx.keep`` no longer finds restored copies.
@@ -368,6 +474,15 @@ class Parts:
 
     def _degrade(self, snapshot: str, reason: str) -> None:
         self._services.bus.publish(events.StoreDegraded(snapshot, reason))
+
+    def wants_program(self, part: Part) -> bool:
+        """Whether a program is to be made for this platform: the handler asks for one, and this start has none."""
+        return (
+            self._definition.program is not None
+            and part.program is None
+            and self._services.settings.programs
+            and self.wants_capture(part)
+        )
 
     def wants_capture(self, part: Part) -> bool:
         """Whether a part that was loaded may be captured: it has a key, a readable store, and nobody said no."""

@@ -15,19 +15,23 @@ from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from coldstart.codecs import NAMES
-from coldstart.manifest import SEGMENT_ALIGNMENT_BYTES, Segment
+from coldstart.manifest import NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from coldstart.manifest import Chunk, Manifest
+    from coldstart.manifest import Chunk, Leaf, Manifest
 
 MIN_CHUNK_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 16 << 20
 CHUNKS_PER_SNAPSHOT = 256
 TINY_BYTES = 64 << 10
 FILES = "files"
-"""The consumer of segments that hold files."""
+"""The consumer of segments with files that every start may read."""
+LOAD = "load"
+"""The consumer of segments with files that only ``load`` reads: a start with a program goes without."""
+EAGER, BOTH = "eager", "both"
+"""Consumers of arrays: what only the state's own code needs, and what a program needs too."""
 
 
 class Item(NamedTuple):
@@ -37,7 +41,7 @@ class Item(NamedTuple):
     length_bytes: int
     item_bytes: int
     kind: str
-    consumer: str = "eager"
+    consumer: str = EAGER
     is_file: bool = False
 
 
@@ -112,9 +116,39 @@ def known_chunks(parent: Manifest) -> Mapping[tuple[str, int, int], Chunk]:
 
 def fetch_order(manifest: Manifest) -> list[int]:
     """Indices of the chunks in the order to fetch them: files first (``init`` needs them whole), then by segment."""
-    is_file = [segment.consumer == FILES for segment in manifest.segments]
+    holding_files = {entry.segment for entry in manifest.files}
     chunks = manifest.chunks
-    return sorted(range(len(chunks)), key=lambda index: not is_file[chunks[index].segment])
+    return sorted(range(len(chunks)), key=lambda index: chunks[index].segment not in holding_files)
+
+
+def needed(manifest: Manifest, program_consumer: str = "") -> Manifest:
+    """The part of a generation that one start needs, as a manifest of its own: with a program, or without any.
+
+    ``program_consumer`` is the consumer of the program's own segments. Segments that are not needed stay in their places
+    without bytes, so indices of segments are the same; their buffers, leaves and files are left out.
+    """
+    wanted = {BOTH, FILES, program_consumer} if program_consumer else {EAGER, BOTH, FILES, LOAD}
+    drops = [segment.consumer not in wanted for segment in manifest.segments]
+    if not any(drops):
+        return manifest
+    segments = tuple(
+        segment._replace(length_bytes=0) if drop else segment
+        for segment, drop in zip(manifest.segments, drops, strict=True)
+    )
+    kept = [index for index, buffer in enumerate(manifest.buffers) if not drops[buffer.segment]]
+    places = {NO_BUFFER: NO_BUFFER, **{old: new for new, old in enumerate(kept)}}
+    return manifest._replace(
+        segments=segments,
+        buffers=tuple(manifest.buffers[index] for index in kept),
+        leaves=_leaves_in(manifest.leaves, places),
+        files=tuple(entry for entry in manifest.files if not drops[entry.segment]),
+        chunks=tuple(chunk for chunk in manifest.chunks if not drops[chunk.segment]),
+    )
+
+
+def _leaves_in(leaves: Sequence[Leaf], places: Mapping[int, int]) -> tuple[Leaf, ...]:
+    """The leaves whose buffers are still there. One that was the same as a leaf that is gone is gone with it: same buffer."""
+    return tuple(leaf._replace(buffer=places[leaf.buffer]) for leaf in leaves if leaf.buffer in places)
 
 
 def _clamped(bytes_: int) -> int:
@@ -131,7 +165,7 @@ def _is_tiny(item: Item) -> bool:
 
 
 def _group(item: Item) -> tuple[int, str, str]:
-    return (1, "other", FILES) if item.is_file else (item.item_bytes, item.kind, item.consumer)
+    return (1, "other", item.consumer) if item.is_file else (item.item_bytes, item.kind, item.consumer)
 
 
 def _chunk_bytes(items: Sequence[Item], parent: Manifest | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,16 @@ from coldstart import caches, events
 from coldstart.definition import Policy
 from coldstart.errors import ColdstartError
 from coldstart.frameworks import survey
+from coldstart.program_start import is_below, owners, stands_alone
+from coldstart.programs import default_backend
+from coldstart.programs.record import options_digest
 from coldstart.terms import VERSION
 
 if TYPE_CHECKING:
     from coldstart.definition import Definition
+    from coldstart.errand import Origin
     from coldstart.parts import Part, Parts
-    from coldstart.proof import Origin
-    from coldstart.resnapshot import Plan
+    from coldstart.resnapshot import Plan, ProgramWish
     from coldstart.warmup import WarmupReport
 
 
@@ -30,7 +34,7 @@ def plan_captures(
         planner.skip("the warm-up was switched off, so a new generation could not be proven")
         return [], planner.no_capture_reason
     try:
-        plans = planner.plans(report.digests[0] if report.digests else ())
+        plans = planner.plans(report)
     except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation
         planner.skip(events.error_text(error))
         return [], planner.no_capture_reason
@@ -46,30 +50,58 @@ class Planner:
         self._definition = definition
         self._bus = bus
 
-    def plans(self, digests: tuple[str, ...]) -> list[Plan]:
-        """The generations that this worker is to make: of parts that were not restored, or by the handler's policy."""
-        touched = caches.recorder.end()
-        return [plan for part in self._parts.parts if (plan := self._capture_plan(part, digests, touched)) is not None]
+    def plans(self, report: WarmupReport) -> list[Plan]:
+        """The generations that this worker is to make.
 
-    def _capture_plan(self, part: Part, digests: tuple[str, ...], touched: set[str]) -> Plan | None:
+        Of parts that were not restored, by the handler's policy, and with a program that this platform lacks.
+        """
+        touched = caches.recorder.end()
+        return [plan for part in self._parts.parts if (plan := self._capture_plan(part, report, touched)) is not None]
+
+    def _capture_plan(self, part: Part, report: WarmupReport, touched: set[str]) -> Plan | None:
         policy = self._definition.policy
-        if part.kind == "restored" and policy == Policy() and not _recovered(part):
+        digests = report.digests[0] if report.digests else ()
+        wish = self._program_wish(part, report) if self._parts.wants_program(part) else None
+        if part.kind == "restored" and policy == Policy() and not _recovered(part) and wish is None:
             return None
         if not self._parts.wants_capture(part):
             self._no_capture(part, (part.reason if part.lookup is None else "") or "captures are switched off")
             return None
         if part.kind == "restored":
-            return self._policy_plan(part, digests)
+            return self._further_plan(part, digests, wish)
         files = self._files_for(part, touched)
-        if part.survey is None and not files:
+        has_something = part.survey is not None or bool(files)
+        if not has_something and wish is None:
             self._no_capture(part, f"{part.obstacle}; load used no hub cache either, so there is nothing to store")
             return None
-        return self._plan(part, tuple(files), digests)
+        plan = self._plan(part, tuple(files), digests)._replace(program=wish)
+        return plan if has_something else plan._replace(due_at_once=False)
 
-    def _policy_plan(self, part: Part, digests: tuple[str, ...]) -> Plan | None:
+    def _program_wish(self, part: Part, report: WarmupReport) -> ProgramWish | None:
+        """The program to be made for this platform; None, with the reason published, where nothing shows how it is called."""
+        from coldstart.resnapshot import ProgramWish
+
+        definition, export = self._definition, self._definition.program
+        assert export is not None
+        if not definition.warmup.inputs and not export.example:
+            part.program_obstacle = (
+                "no warmup= shows how the entry points are called: give warmup= or export(example=...)"
+            )
+            self._bus.publish(events.ProgramPassedOver(part.snapshot, f"no program is made: {part.program_obstacle}"))
+            return None
+        outside = None
+        if definition.build and not stands_alone(definition) and definition.owner is None:
+            outside = partial(_is_outside, owners(definition, part.state))
+        backend = export.backend or default_backend(self._parts.device.type)
+        return ProgramWish(backend, options_digest(export), report.answers, dict(export.tolerance), outside)
+
+    def _further_plan(self, part: Part, digests: tuple[str, ...], wish: ProgramWish | None) -> Plan | None:
         """A further generation of a restored state. What it holds is surveyed anew; rung *files* stays as it is."""
         assert part.restored is not None
-        if part.restored.manifest.rung == "arrays":
+        if part.program is not None:
+            self._no_capture(part, "this start runs a program and has no state that could be captured")
+            return None
+        if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
                 part.survey = survey(self._parts.subject(part.state))
             except ColdstartError as error:
@@ -78,7 +110,7 @@ class Planner:
             from coldstart.resnapshot import marks_of
 
             part.marks = marks_of(part.survey)
-        return self._plan(part, tuple(part.files), digests)
+        return self._plan(part, tuple(part.files), digests)._replace(program=wish)
 
     def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
         from coldstart.capture import Capture
@@ -127,6 +159,10 @@ class Planner:
         self._bus.publish(events.CaptureSkipped(part.snapshot, reason))
 
 
+def _is_outside(above: tuple[str, ...], path: str) -> bool:
+    return not any(is_below(path, owner) for owner in above)
+
+
 def _unusable(part: Part) -> bool:
     """Whether what the store holds for the part's key could not be read."""
     return part.kind == "fallback" and part.restored is None
@@ -139,7 +175,7 @@ def _recovered(part: Part) -> bool:
 
 def _origin(definition: Definition) -> Origin:
     """Where another process finds the handler: the file of its module, and the module's name even if it runs as ``-m``."""
-    from coldstart.proof import Origin
+    from coldstart.errand import Origin
 
     defined = definition.owner or definition.function
     spec = getattr(sys.modules.get(defined.__module__), "__spec__", None)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.early import Early
+    from coldstart.programs.recording import Recorder
 
 
 class _Registry:
@@ -29,6 +30,8 @@ class _Registry:
         self.early: dict[str, Early] = {}
         self.serving = False
         self.pinned: Mapping[str, str] = {}
+        self.recorder: Recorder | None = None
+        self.cases = ""
         self.fork_watched = False
         self.shows_progress = False
 
@@ -49,13 +52,16 @@ class _Registry:
 _registry = _Registry()
 
 
-def enter_serving(*, pinned: Mapping[str, str] | None = None) -> None:
+def enter_serving(
+    *, pinned: Mapping[str, str] | None = None, recorder: Recorder | None = None, cases: str = ""
+) -> None:
     """Say that this process serves (a command, an adapter): starts use the configured store even if it is the default one.
 
-    ``pinned``: snapshot name -> manifest key that a proof restores, with nothing to fall back on.
+    ``pinned``: snapshot name -> manifest key that a proof restores, with nothing to fall back on. ``recorder``: notes the
+    calls of entry points, for a program. ``cases``: the folder with what a program is proven by.
     """
     _registry.serving = True
-    _registry.pinned = pinned or {}
+    _registry.pinned, _registry.recorder, _registry.cases = pinned or {}, recorder, cases
 
 
 def begin_early(path: str, name: str | None = None) -> str:
@@ -68,7 +74,7 @@ def begin_early(path: str, name: str | None = None) -> str:
         _registry.watch_forks()
         if name is not None and (name in _registry.early or name in _registry.workers):
             return ""
-        early, reason = early_restorations(path, name, _services(_registry.serving, _registry.pinned))
+        early, reason = early_restorations(path, name, _services())
         if early is not None and early.name not in _registry.early and early.name not in _registry.workers:
             _registry.early[early.name] = early
         return reason
@@ -83,7 +89,7 @@ def worker_for(definition: Definition) -> Worker:
         worker = _registry.workers.get(definition.name)
         if worker is None:
             _registry.watch_forks()
-            services = _services(_registry.serving, _registry.pinned)
+            services = _services()
             early = _registry.early.pop(definition.name, None)
             worker = _registry.workers[definition.name] = Worker(definition, services, early)
         elif worker.place != place_of(definition):
@@ -98,14 +104,15 @@ def forget_workers() -> None:
     """Close all workers of this process and forget them. For tests, which start many in one process."""
     with _registry.lock:
         workers, _registry.workers, _registry.early = list(_registry.workers.values()), {}, {}
-        _registry.serving, _registry.pinned = False, {}
+        _registry.serving, _registry.pinned, _registry.recorder, _registry.cases = False, {}, None, ""
     for worker in workers:
         worker.close()
 
 
-def _services(serving: bool, pinned: Mapping[str, str]) -> Services:  # noqa: FBT001
+def _services() -> Services:
     settings = load()
     if not _registry.shows_progress:
         _registry.shows_progress = True
         show_progress(events.bus, settings)
-    return Services(settings, serving, pinned, events.bus)
+    here = _registry
+    return Services(settings, here.serving, here.pinned, events.bus, here.recorder, here.cases)

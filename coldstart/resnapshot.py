@@ -17,7 +17,9 @@ from coldstart import events
 from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
 from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateChangedError, StoreError
-from coldstart.proof import Proof
+from coldstart.program_making import ProgramMaking
+from coldstart.programs.placing import place
+from coldstart.proof import ProgramProof, Proof
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
 from coldstart.save.priority import lower_priority
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from coldstart.capture import Capture, Written
+    from coldstart.errand import Origin
     from coldstart.frameworks import Survey
     from coldstart.metrics import Transfers
-    from coldstart.proof import Origin
     from coldstart.repository import Lookup, Repository
     from coldstart.save import Saving
 
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
 
     ``capture`` lacks its parent and number, which are settled when it is due. ``due_at_once``: there is no usable
     generation for the key; else the handler's policy says when, counted from ``created_seconds`` (Unix time).
+    ``program``: one that this platform lacks, to be made once there is a generation without it, or at once if none can be.
     """
 
     capture: Capture
@@ -47,6 +50,21 @@ class Plan(NamedTuple):
     origin: Origin
     due_at_once: bool
     created_seconds: float
+    program: ProgramWish | None = None
+
+
+class ProgramWish(NamedTuple):
+    """A program that is to be made. ``options``: a digest of what the handler asks for.
+
+    ``answers``: those of the first warm-up, as JSON values. ``tolerance``: by dtype, where it is not the default.
+    ``outside``: whether the array at a path is needed beside the program; None: none is.
+    """
+
+    backend: str
+    options: str
+    answers: tuple[Any, ...]
+    tolerance: Mapping[str, float]
+    outside: Callable[[str], bool] | None
 
 
 class Outcome(NamedTuple):
@@ -64,6 +82,8 @@ class Outcome(NamedTuple):
     seconds: float
     reason: str
     engine: str = ""
+    program: str = ""
+    """The backend of the program that it has and this outcome is about, "" for a generation of the state alone."""
 
     @classmethod
     def none(cls, reason: str, engine: str = "") -> Outcome:
@@ -112,7 +132,7 @@ class Resnapshot:
         self._idle_seconds = idle_seconds
         self._bus = bus
         self._saving = saving
-        self._proof: Proof | None = None
+        self._child: Proof | ProgramMaking | None = None
         self._writing: Writing | None = None
         self._stopping = threading.Event()
         self._stop_seconds = 0.0
@@ -128,8 +148,8 @@ class Resnapshot:
         """Begin no further chunk, end the proof, and give the puts under way ``seconds`` to finish."""
         self._stop_seconds = time.monotonic() + seconds
         self._stopping.set()
-        if self._proof is not None:
-            self._proof.stop()
+        if self._child is not None:
+            self._child.stop()
         writing = self._writing
         if writing is not None:
             writing.saver.stop()
@@ -139,19 +159,21 @@ class Resnapshot:
         lower_priority()
         for plan in self._plans:
             if plan.due_at_once:
-                self._attempt(plan)
+                self._attempt(plan, self._make)
+            if plan.program is not None and not self._stopping.is_set():
+                self._attempt(plan, self._make_program)
         self._first_done.set()
         due = [_Due(plan, self._policy, self._served()) for plan in self._plans]
         while self._policy != Policy() and not self._stopping.wait(POLL_SECONDS):
             for condition in due:
                 if condition.is_met(self._served()):
-                    self._attempt(condition.plan)
+                    self._attempt(condition.plan, self._make)
                     condition.restart(self._served())
 
-    def _attempt(self, plan: Plan) -> None:
+    def _attempt(self, plan: Plan, make: Callable[[Plan, float], Outcome]) -> None:
         began = time.monotonic()
         try:
-            outcome = self._make(plan, began)
+            outcome = make(plan, began)
         except Exception as error:  # noqa: BLE001  an edge of the process: a failing capture must not take the worker along
             self._bus.publish(events.CaptureFailed(plan.capture.name, events.error_text(error)))
             reason = str(error) if isinstance(error, ColdstartError) else events.error_text(error)
@@ -172,11 +194,53 @@ class Resnapshot:
         self._idle(self._idle_seconds)
         if self._stopping.is_set():
             return Outcome.none("the worker ended before its state was captured")
-        self._check_unchanged(plan)
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
-        capture = _with_parent(plan.capture, replaces, repository)
         reason = "no usable snapshot" if plan.due_at_once else "policy"
+        return self._write_and_publish(plan, replaces, repository, began, reason)
+
+    def _make_program(self, plan: Plan, began: float) -> Outcome:
+        """A generation with the program, made in a process of its own from the generation that there is, if there is one."""
+        import tempfile
+        from pathlib import Path
+
+        wish = plan.program
+        assert wish is not None
+        self._idle(self._idle_seconds)
+        repository = self._open_repository()
+        replaces = repository.look_up(plan.capture.name, plan.capture.key)
+        with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
+            pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
+            self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
+            self._child = ProgramMaking(
+                plan.origin, pinned, repository.store.url, folder, wish.backend, beside=self._between_events
+            )
+            self._child.run()
+            if self._stopping.is_set():
+                return Outcome.none("the worker ended before its program was stored")
+            placed = place(Path(folder), plan.capture.survey)
+            capture = plan.capture._replace(program=placed, outside=wish.outside, mends=False)
+            outcome = self._write_and_publish(
+                plan._replace(capture=capture),
+                replaces,
+                repository,
+                began,
+                f"a program ({wish.backend}) for this platform",
+                ProgramProof(folder, wish.answers, wish.tolerance),
+            )
+            return outcome._replace(program=wish.backend)
+
+    def _write_and_publish(
+        self,
+        plan: Plan,
+        replaces: Lookup,
+        repository: Repository,
+        began: float,
+        reason: str,
+        program: ProgramProof | None = None,
+    ) -> Outcome:
+        self._check_unchanged(plan)
+        capture = _with_parent(plan.capture, replaces, repository)
         self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self._stopping
@@ -185,10 +249,14 @@ class Resnapshot:
         with self._between_events(saver.group):
             written = self._writing.write(self._pace)
         self._check_unchanged(plan)
-        self._proof = Proof(
-            plan.origin, {capture.name: written.manifest_key}, repository.store.url, beside=self._between_events
+        proof = self._child = Proof(
+            plan.origin,
+            {capture.name: written.manifest_key},
+            repository.store.url,
+            beside=self._between_events,
+            program=program,
         )
-        compared = self._proof.run(capture.warmup_digests)
+        compared = proof.run(capture.warmup_digests)
         if self._stopping.is_set():
             return Outcome.none("the worker ended before the generation was published", saver.engine)
         saver.repository.publish(written.manifest, written.manifest_key, replaces=replaces)

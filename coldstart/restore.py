@@ -35,6 +35,8 @@ from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
+from coldstart.plan import needed
+from coldstart.programs.record import chosen, consumer_of
 from coldstart.quarantine import Quarantine
 from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
 from coldstart.segments import map_segments
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from coldstart.fetch.base import Address, Fetch, FetchReport
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
+    from coldstart.programs.record import Program
     from coldstart.repository import Lookup, Repository
     from coldstart.stores.base import StoredObject
 
@@ -71,6 +74,8 @@ class Request(NamedTuple):
     processes: int = 1
     """Fetcher processes at most."""
     pinned: str = ""
+    programs: tuple[str, ...] = ()
+    """Ids of the programs that this start can run and may, the preferred one first."""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
     recovery: str = "standard"
@@ -78,8 +83,9 @@ class Request(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """A whole snapshot in memory, verified. ``recovered_by``: none, chunk_retry, replica or previous_generation.
+    """A snapshot in memory, verified. ``recovered_by``: none, chunk_retry, replica or previous_generation.
 
+    ``manifest`` is what was needed of the generation: with a ``program``, what that needs, else what the state needs.
     ``reason``: why the current generation was not the one, in the last case. ``replica_reads``: objects that came from one.
     """
 
@@ -89,6 +95,9 @@ class Restored(NamedTuple):
     report: FetchReport
     recovered_by: str
     lookup: Lookup | None
+    whole: Manifest
+    """The generation as it is stored, of which ``manifest`` may be a part."""
+    program: Program | None = None
     reason: str = ""
     replica_reads: int = 0
 
@@ -122,6 +131,7 @@ class Restoration:
         """Keys of the manifests that were tried in vain."""
         self._bus = bus
         self._manifest: Manifest | None = None
+        self._program: Program | None = None
         self._found = threading.Event()
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
@@ -136,6 +146,11 @@ class Restoration:
         """Wait until it is known which generation is being fetched (None: none is)."""
         self._found.wait()
         return self._manifest
+
+    def program(self) -> Program | None:
+        """Wait like ``manifest``; the program of that generation which this start is to use, None for none."""
+        self._found.wait()
+        return self._program
 
     def outcome(self) -> Outcome:
         """Wait until the snapshot is in memory or it is known that it will not be."""
@@ -236,12 +251,14 @@ class Restoration:
 
     def _fetch(self, repository: Repository, key: str, recovered_by: str, lookup: Lookup | None) -> Restored:
         request = self.request
-        manifest = repository.manifest(key, name=request.name, ahead=self._read_ahead)
+        whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
+        program = chosen(whole.programs, request.programs)
+        manifest = needed(whole, consumer_of(program.id) if program else "")
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
-        self._manifest = manifest
+        self._manifest, self._program = manifest, program
         ahead_seconds = 0.0 if self._ahead is None else self._ahead.found_monotonic_seconds(key)
         self.found_monotonic_seconds = ahead_seconds or time.monotonic()
         self._found.set()
@@ -260,7 +277,7 @@ class Restoration:
         step = self._step(report.retried_chunks, replica_reads)
         if recovered_by == "none":
             recovered_by = step
-        return Restored(manifest, key, arena, report, recovered_by, lookup, replica_reads=replica_reads)
+        return Restored(manifest, key, arena, report, recovered_by, lookup, whole, program, replica_reads=replica_reads)
 
     def _step(self, retried_chunks: int, replica_reads: int) -> str:
         """What made the bytes of a generation whole, told to whoever subscribes."""
@@ -330,7 +347,8 @@ class Restoration:
         if Quarantine(request.files_folder, "").has_notes(request.name):
             return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
-        return look_ahead(request.address, ref_key(request.name, request.key.digest), bounds, engine=request.engine)
+        wanted = ref_key(request.name, request.key.digest)
+        return look_ahead(request.address, wanted, bounds, engine=request.engine, programs=request.programs)
 
     def _read_ahead(self, key: str) -> StoredObject | None:
         return None if self._ahead is None else self._ahead.read(key)
@@ -368,13 +386,14 @@ def _why_missing(request: Request, lookup: Lookup) -> str:
     return explain_change(lookup.newest.key, request.key)
 
 
-def bind_arrays(restored: Restored, skeleton: Any) -> Any:
+def bind_arrays(restored: Restored, skeleton: Any, *, besides: tuple[str, ...] = ()) -> Any:
     """Bind the arrays of a restored snapshot to what ``build`` made, as views of the arena, and return that.
 
+    ``besides``: paths of objects whose arrays a program makes superfluous: they stay as ``build`` made them.
     Raises StateMismatchError, listing how the two differ.
     """
     manifest = restored.manifest
-    return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored))
+    return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored), besides=besides)
 
 
 def rebuild_tree(restored: Restored) -> Any:

@@ -83,26 +83,41 @@ DIGESTED_ITERATIONS = 2
 
 
 class WarmupReport(NamedTuple):
-    """What the warm-up did: digests of the answers of its first two iterations, iterations run, resident memory after."""
+    """What the warm-up did: digests of the answers of its first two iterations, iterations run, resident memory after.
+
+    ``answers``: those of the first iteration as JSON values, where they are wanted.
+    """
 
     digests: tuple[tuple[str, ...], ...]
     iterations: int
     memory_bytes: int
+    answers: tuple[Any, ...] = ()
 
 
 def warm_up(
-    inputs: tuple[Any, ...], answer: Callable[[Any], Any], *, iterations: int, maximum_seconds: float
+    inputs: tuple[Any, ...],
+    answer: Callable[[Any], Any],
+    *,
+    iterations: int,
+    maximum_seconds: float,
+    keep: Callable[[Any], Any] | None = None,
 ) -> WarmupReport:
-    """Send every input through ``answer`` as an event, ``iterations`` times unless ``maximum_seconds`` have passed."""
+    """Send every input through ``answer`` as an event, ``iterations`` times unless ``maximum_seconds`` have passed.
+
+    ``keep`` makes of an answer what the report holds of it; without it the report holds none.
+    """
     deadline = time.monotonic() + maximum_seconds
     digests: list[tuple[str, ...]] = []
+    kept: tuple[Any, ...] = ()
     done = 0
     while done < iterations and (done == 0 or time.monotonic() < deadline):
         answers = [answer({"id": f"warmup-{index}", "input": deepcopy(value)}) for index, value in enumerate(inputs)]
         if done < DIGESTED_ITERATIONS:
             digests.append(tuple(map(digest, answers)))
+        if done == 0 and keep is not None:
+            kept = tuple(map(keep, answers))
         done += 1
-    return WarmupReport(tuple(digests), done, resident_bytes())
+    return WarmupReport(tuple(digests), done, resident_bytes(), kept)
 
 
 def resident_bytes() -> int:

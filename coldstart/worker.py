@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.early import Early, Services
+    from coldstart.parts import Part
     from coldstart.resnapshot import Outcome
 
 
@@ -63,6 +64,7 @@ class Worker(Answering):
         self.capture_reason = ""
         """Why this worker makes no snapshot, "" if it does."""
         self._held = False
+        self._keeps_answers = False
         self._told_to_stop = threading.Event()
         self._parts: Parts | None = None
         self._services = services
@@ -185,6 +187,7 @@ class Worker(Answering):
         parts = Parts(definition, self._services, self.timeline, self._early, self._loops)
         events.bus.publish(events.StartBegan(name, parts.key_digest, self.timeline.clock()))
         state = phases.run("weight_load", parts.load_state)
+        self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
         self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
         phases.run("pool_alloc", None, reason="the allocation plan lists no memory beyond the arrays")
         compiled = phases.run(
@@ -230,7 +233,18 @@ class Worker(Answering):
     def _warmup(self) -> WarmupReport:
         warmup = self.definition.warmup
         iterations = max(warmup.iterations, DIGESTED_ITERATIONS) if self._services.pinned else warmup.iterations
-        return warm_up(warmup.inputs, self._answer_once, iterations=iterations, maximum_seconds=warmup.maximum_seconds)
+        keep: Callable[[Any], Any] | None = None
+        if self.definition.program is not None and self._keeps_answers:
+            from coldstart.programs.tolerance import plain  # only where a program is made or proven
+
+            keep = plain
+        return warm_up(
+            warmup.inputs,
+            self._answer_once,
+            iterations=iterations,
+            maximum_seconds=warmup.maximum_seconds,
+            keep=keep,
+        )
 
     def _answer_once(self, event: Any) -> Any:
         """Answer a warm-up event in full: a stream's pieces come as a list. Not counted."""
@@ -313,6 +327,12 @@ class Worker(Answering):
             self._after.write_record(self.record)
 
     # --- after ready -------------------------------------------------------------------------------------------------
+
+    @property
+    def state_part(self) -> Part:
+        """The part of a ready worker whose state is undivided, as the start left it."""
+        assert self._parts is not None
+        return self._parts.parts[0]
 
     def capture_outcomes(self, seconds: float) -> list[Outcome]:
         """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""

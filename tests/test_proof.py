@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coldstart import proof
+from coldstart.errand import Origin
 from coldstart.errors import ProofError
 from coldstart.manifest import ref_from_json
-from coldstart.proof import Origin, Proof
+from coldstart.proof import Proof
 from coldstart.repository import Repository
 from coldstart.stores import open_store
 from tests.starts import ROOT, RUN_SECONDS, SCALES, Project, flip

@@ -14,12 +14,12 @@ import pytest
 from coldstart import events, resnapshot
 from coldstart.capture import Encoding
 from coldstart.definition import Policy
+from coldstart.errand import Origin
 from coldstart.errors import ProofError, StoreError
 from coldstart.fetch import Address
 from coldstart.frameworks import survey
 from coldstart.manifest import blob_key
 from coldstart.metrics import Transfers
-from coldstart.proof import Origin
 from coldstart.repository import Repository
 from coldstart.resnapshot import Plan, Resnapshot, changed_paths, marks_of
 from coldstart.save import IN_THREAD, Saving

@@ -25,10 +25,10 @@ from coldstart import events
 from coldstart.cli import doctor
 from coldstart.config import load
 from coldstart.early import Opener, Services, opener_of_start
+from coldstart.errand import QUIET
 from coldstart.errors import BlobCorruptError, ObjectMissingError, StoreTransientError
 from coldstart.fetch import FetchRequest, start_threads
 from coldstart.manifest import blob_key
-from coldstart.proof import QUIET
 from coldstart.repository import Repository
 from coldstart.stores import StoreOptions, cached, open_store
 from coldstart.stores.cache_folder import ABANDONED_AFTER_SECONDS, SLACK, CacheFolder

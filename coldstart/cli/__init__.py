@@ -26,8 +26,8 @@ COMMANDS = {
     "doctor": "what this machine has, lacks, and how to get it",
     "config": "every setting, its value and where it came from",
 }
-HIDDEN = ("prove",)
-"""Commands that coldstart gives itself."""
+HIDDEN = ("prove", "make-program")
+"""Commands that coldstart gives itself, in ``coldstart.cli.errand``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif chosen is None:
             subparsers.add_parser(name, help=text, add_help=False)
     if chosen in HIDDEN:
-        import_module(f"coldstart.cli.{chosen}").add_parser(subparsers)
+        import_module("coldstart.cli.errand").add_parser(subparsers)
     options = parser.parse_args(words)
     if options.version:
         print(VERSION)

@@ -13,6 +13,8 @@ from coldstart.fetch.base import Address, Fetch, FetchRequest
 from coldstart.fetch.threads import processors, start_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coldstart.fetch.ahead import LookAhead
     from coldstart.fetch.crew import Bounds
 
@@ -42,10 +44,15 @@ def start_fetch(request: FetchRequest, *, engine: str) -> Fetch:
     return start_process(request) if can_start(request) else start_threads(request)
 
 
-def look_ahead(address: Address | None, ref_key: str, bounds: Bounds, *, engine: str) -> LookAhead | None:
-    """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to."""
+def look_ahead(
+    address: Address | None, ref_key: str, bounds: Bounds, *, engine: str, programs: Sequence[str] = ()
+) -> LookAhead | None:
+    """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to.
+
+    ``programs``: the ids of the programs that this start accepts, the preferred one first.
+    """
     if engine == "threads" or address is None or not address.url.startswith(REMOTE):
         return None
     from coldstart.fetch.ahead import begin
 
-    return begin(address, ref_key, bounds)
+    return begin(address, ref_key, bounds, programs)

@@ -22,6 +22,8 @@ from coldstart.fetch.process import Fetcher, can_share, start_with
 from coldstart.stores.base import StoredObject
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from coldstart.children import Message
     from coldstart.fetch.base import Address, Fetch, FetchRequest
     from coldstart.fetch.crew import Bounds
@@ -34,15 +36,19 @@ class Filling(NamedTuple):
     queue_fd: int
 
 
-def begin(address: Address, ref_key: str, bounds: Bounds) -> LookAhead | None:
-    """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had."""
+def begin(address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str] = ()) -> LookAhead | None:
+    """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had.
+
+    ``programs`` are the ids that this start accepts: what only others need is not fetched.
+    """
     if not can_spawn():
         return None
     try:
         fetcher = Fetcher()
     except OSError:
         return None  # whoever fetches will see it again, and say so
-    fetcher.tell({"url": address.url, "options": address.options._asdict(), "ref_key": ref_key, "bounds": list(bounds)})
+    wanted = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs)}
+    fetcher.tell({"url": address.url, "options": address.options._asdict(), **wanted})
     return LookAhead(fetcher)
 
 

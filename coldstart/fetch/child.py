@@ -19,7 +19,8 @@ from coldstart.fetch.base import Address, FetchRequest, Fillable
 from coldstart.fetch.crew import Bounds, next_chunk, queue_of, share_of
 from coldstart.fetch.threads import start_threads
 from coldstart.manifest import Manifest, manifest_from_json, ref_from_json
-from coldstart.plan import fetch_order
+from coldstart.plan import fetch_order, needed
+from coldstart.programs.record import chosen, consumer_of
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         _say_object(outbox, task["ref_key"], stored.data, stored.etag)
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
-        manifest = manifest_from_json(stored.data)
+        manifest = _needed(manifest_from_json(stored.data), task["programs"])
         arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))
     except StoreTransientError:
         raise  # it was asked again and again, for as long as that is sensible: the parent need not
@@ -116,6 +117,12 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
     queue_fd = queue_of(fetch_order(manifest))
     _say_object(outbox, key, stored.data, stored.etag, is_manifest=True, descriptors=(arena.fileno, queue_fd))
     return _fetch_into(outbox, arena, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
+
+
+def _needed(manifest: Manifest, accepted: Sequence[str]) -> Manifest:
+    """What the start will need of the generation: it chooses the program in the same way."""
+    program = chosen(manifest.programs, accepted)
+    return needed(manifest, consumer_of(program.id) if program else "")
 
 
 def _may_be_mapped(store: Store) -> bool:

@@ -21,19 +21,33 @@ LISTED_DIFFERENCES = 20
 _HINT_CANDIDATES = 500
 
 
-def bind(skeleton: Any, leaves: Sequence[Leaf], modules: Mapping[str, bool], buffer_array: Callable[[int], Any]) -> Any:
+def bind(
+    skeleton: Any,
+    leaves: Sequence[Leaf],
+    modules: Mapping[str, bool],
+    buffer_array: Callable[[int], Any],
+    *,
+    besides: Sequence[str] = (),
+) -> Any:
     """Put the arrays that ``leaves`` describe in the place of the skeleton's own, and return the skeleton.
 
     The arrays are views of the buffers, never copies: ``buffer_array(i)`` is a writable uint8 array over buffer ``i``.
     Paths, roles, dtypes and shapes must agree (strides may differ); the skeleton's arrays may be on the meta device.
     Tied leaves become one object, parameters require gradients as captured, and torch modules get the training mode
-    that ``modules`` has for their path. All else of the skeleton stays as it is. What is returned is the skeleton
+    that ``modules`` has for their path. What is at or below a path of ``besides`` is not looked at: it may be without bytes.
+    All else of the skeleton stays as it is. What is returned is the skeleton
     itself, unless that is a tuple or a bare array, which can only be made anew.
 
     Raises StateMismatchError with every difference, before anything is changed; ManifestError for impossible leaves.
     """
     with _NoCollection():
-        return _bound(skeleton, {leaf.path: leaf for leaf in leaves}, modules, Views(buffer_array))
+        by_path = {leaf.path: leaf for leaf in leaves if not _is_below_any(leaf.path, besides)}
+        return _bound(skeleton, by_path, modules, Views(buffer_array), besides)
+
+
+def _is_below_any(path: str, above: Sequence[str]) -> bool:
+    """Whether ``path`` is one of the paths or below one; "" is above everything."""
+    return any(not each or path == each or path.startswith((f"{each}.", f"{each}[")) for each in above)
 
 
 class _NoCollection:
@@ -52,15 +66,18 @@ class _NoCollection:
             gc.enable()
 
 
-def _bound(skeleton: Any, by_path: Mapping[str, Leaf], modules: Mapping[str, bool], views: Views) -> Any:
+def _bound(
+    skeleton: Any, by_path: Mapping[str, Leaf], modules: Mapping[str, bool], views: Views, besides: Sequence[str]
+) -> Any:
     walk = Walk(skeleton)
-    differences = [*_array_differences(walk.spots, by_path), *_module_differences(walk.modules, modules)]
+    spots = [spot for spot in walk.spots if not _is_below_any(spot.path, besides)]
+    differences = [*_array_differences(spots, by_path), *_module_differences(walk.modules, modules)]
     if differences:
         raise _mismatch(differences)
-    _place(walk.spots, by_path, views)
+    _place(spots, by_path, views)
     for path, training in modules.items():
         vars(walk.modules[path])["training"] = training
-    _check_nothing_on_meta(walk)
+    _check_nothing_on_meta(walk, besides)
     return walk.state
 
 
@@ -81,14 +98,14 @@ def _place(spots: Sequence[Spot], by_path: Mapping[str, Leaf], views: Views) -> 
         spot.place(array)
 
 
-def _check_nothing_on_meta(walk: Walk) -> None:
+def _check_nothing_on_meta(walk: Walk, besides: Sequence[str]) -> None:
     """What was placed is real; this looks at what the modules and tensor subclasses made of it."""
     left = [
         attribute(path, name)
         for path, module in walk.modules.items()
         for field, _ in for_torch.MODULE_FIELDS[:2]
         for name, tensor in vars(module).get(field, {}).items()
-        if tensor is not None and tensor.is_meta
+        if tensor is not None and tensor.is_meta and not _is_below_any(attribute(path, name), besides)
     ]
     if left:
         raise _mismatch(

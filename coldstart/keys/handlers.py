@@ -29,7 +29,7 @@ class HandlerSource(NamedTuple):
 
     ``name`` is None when it is computed. ``attribute`` is the variable of the module that holds the handler. ``env``,
     ``secrets``, ``version`` and ``files`` are values, None where they are not given, COMPUTED where they are not
-    literal. ``obstacle`` says why the parts cannot be told ("" if they can).
+    literal. ``has_program``: it has a ``program=``. ``obstacle`` says why the parts cannot be told ("" if they can).
     """
 
     name: str | None
@@ -41,6 +41,7 @@ class HandlerSource(NamedTuple):
     version: Any
     files: Any
     is_class: bool
+    has_program: bool
     obstacle: str
     sources: Sources
 
@@ -95,6 +96,7 @@ def _handler(sources: Sources, call: Node, target: Node, attribute: str) -> Hand
         line=getattr(target, "lineno", call.lineno),
         parts=parts,
         is_class=owner is not None,
+        has_program="program" in options and not _is_none(options["program"]),
         obstacle=obstacle,
         sources=sources,
         **values,
@@ -123,9 +125,13 @@ def _parts(options: Mapping[str | None, Node], owner: Node) -> tuple[dict[str, P
 
 def _named(node: Node) -> dict[str, Node] | None:
     """The expressions of a dict display by their literal keys; any other expression is the one part ""."""
-    if node is None or (type(node) is _ast.Constant and node.value is None):
+    if node is None or _is_none(node):
         return {}
     if type(node) is not _ast.Dict:
         return {"": node}
     names = [key.value for key in node.keys if type(key) is _ast.Constant and type(key.value) is str]
     return dict(zip(names, node.values, strict=True)) if len(names) == len(node.keys) else None
+
+
+def _is_none(node: Node) -> bool:
+    return type(node) is _ast.Constant and node.value is None

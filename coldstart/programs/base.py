@@ -11,12 +11,22 @@ nothing else. ``make`` of ``onnx_make`` and ``aoti_make`` runs in a process of i
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+
+_BITS = re.compile(r"\d+")
+
+
+def item_bytes(dtype: str) -> int:
+    """The item size that a dtype's name tells: float32, bfloat16, float8_e4m3fn, bool."""
+    bits = _BITS.search(dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 class Array(NamedTuple):

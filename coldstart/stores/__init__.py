@@ -89,10 +89,8 @@ def open_store(
 
 def _open_one(url: str, options: StoreOptions, degraded: Callable[[str], None] | None) -> Store:
     scheme, separator, rest = url.partition("://")
-    if not separator:
-        return _open_folder(url, options)
-    if scheme == "file":
-        return _open_folder(_path_of(rest), options)
+    if not separator or scheme == "file":
+        return _open_folder(folder_of(url), options)
     if scheme == "memory":
         from coldstart.stores.memory import MemoryStore
 
@@ -103,6 +101,14 @@ def _open_one(url: str, options: StoreOptions, degraded: Callable[[str], None] |
     raise StoreSetupError(
         f"unknown store scheme {scheme!r}: use {', '.join(f'{known}://' for known in SCHEMES)} or the path of a folder"
     )
+
+
+def folder_of(url: str) -> str:
+    """The path of the folder that an address names, "" where it names none. Raises StoreSetupError, as ``open_store``."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    return _path_of(rest) if scheme == "file" else ""
 
 
 def _path_of(rest: str) -> str:

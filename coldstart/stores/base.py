@@ -212,7 +212,8 @@ def check_size(key: str, size_bytes: int) -> None:
     """Raise BlobCorruptError for an object that is larger than any of ours, before it is taken into memory."""
     if size_bytes > MAX_OBJECT_BYTES:
         raise BlobCorruptError(
-            f"{key!r} has {size_bytes} bytes, more than the {MAX_OBJECT_BYTES} that any object of a snapshot has", key=key
+            f"{key!r} has {size_bytes} bytes, more than the {MAX_OBJECT_BYTES} that any object of a snapshot has",
+            key=key,
         )
 
 
