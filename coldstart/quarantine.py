@@ -33,12 +33,17 @@ class Quarantine:
 
     def __init__(self, folder: str, store_url: str, *, clock: Callable[[], float] = time.time) -> None:
         self._folder = f"{folder}/{_FOLDER}"
-        self._store = f"{zlib.crc32(store_url.encode()):08x}"
+        self._store = f"{zlib.crc32(store_url.rstrip('/').encode()):08x}"
         self._clock = clock
 
     def has_notes(self, name: str) -> bool:
-        """Whether there may be notes about snapshot ``name``: one look at a folder, before anything else is known."""
-        return os.path.isdir(f"{self._folder}/{name}")
+        """Whether there are notes about snapshot ``name`` that still hold: one look at a folder, before anything is known."""
+        try:
+            notes = os.listdir(f"{self._folder}/{name}")
+        except OSError:
+            return False
+        ending = f"-{self._store}.json"
+        return any(self.reason(f"manifests/{name}/{note.removesuffix(ending)}") for note in notes if note.endswith(ending))
 
     def reason(self, manifest_key: str) -> str:
         """Why the generation stored under this key was found bad, "" if it was not, or long ago."""

@@ -344,7 +344,8 @@ class Restoration:
         request = self.request
         if request.device.type != "cpu" or request.pinned or request.fresh:
             return None
-        if Quarantine(request.files_folder, "").has_notes(request.name):
+        url = request.address.url if request.address else ""
+        if Quarantine(request.files_folder, url).has_notes(request.name):
             return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)

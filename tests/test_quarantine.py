@@ -32,8 +32,9 @@ def test_a_note_holds_for_a_day(tmp_path: Path) -> None:
     quarantine.note(BAD, "altered")
     clock.sleep(HOLDS_SECONDS - 1)
     assert quarantine.reason(BAD)
+    assert quarantine.has_notes("model")
     clock.sleep(1)
-    assert quarantine.reason(BAD) == ""
+    assert (quarantine.reason(BAD), quarantine.has_notes("model")) == ("", False)
 
 
 def test_lifting_and_clearing_leave_no_folder(tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_lifting_and_clearing_leave_no_folder(tmp_path: Path) -> None:
     elsewhere.note(BAD, "altered")
     quarantine.clear("model")
     assert (quarantine.reason(OTHER), elsewhere.reason(BAD)) == ("", "altered")
+    assert (quarantine.has_notes("model"), elsewhere.has_notes("model")) == (False, True)
     elsewhere.clear("model")
     assert not quarantine.has_notes("model")
 
