@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import http.client
 import re
@@ -39,7 +40,7 @@ class Rule(NamedTuple):
     body, which the server's checksum notices). After the server has done it: ``reset_after``, ``refuse_after``, ``stall_after``.
     To the answer: ``flip``, ``truncate`` (ends early), ``shorten`` (half, as if that were all), ``reset``, ``stall``, ``trickle``,
     ``whole`` (a range is ignored), ``shifted`` (another range, and says so), ``lying`` (another range, and says nothing),
-    ``error200`` and ``html200`` (a text instead, with status 200), ``no_etag``, ``gzip`` (says that it is compressed).
+    ``error200`` and ``html200`` (a text instead, with status 200), ``no_etag``, ``gzip`` (compressed, unasked).
     """
 
     action: str
@@ -197,7 +198,7 @@ class FaultProxy:
                         total = headers.get("Content-Range", "/*").rpartition("/")[2]
                         headers["Content-Range"] = f"bytes {found[1]}-{int(found[1]) + len(data) - 1}/{total}"
                 if action == "gzip":
-                    headers["Content-Encoding"] = "gzip"
+                    headers["Content-Encoding"], data = "gzip", gzip.compress(data)
                 self.send_response_only(status)
                 for name, text in headers.items():
                     if name.lower() != "content-length" and not (name.lower() == "etag" and action == "no_etag"):

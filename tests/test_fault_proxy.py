@@ -193,6 +193,7 @@ READS = {
     "shifted": ("request", StoreTransientError),
     "error200": ("request", StoreTransientError),
     "html200": ("request", StoreTransientError),
+    "gzip": ("request", StoreTransientError),
     "refuse 408": ("request", StoreTransientError),
     "refuse 429": ("request", StoreTransientError),
     "refuse 500": ("request", StoreTransientError),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -268,6 +269,30 @@ def test_a_start_from_a_replica_says_so(whole: Project, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in start.errors.splitlines() if line.startswith("{")]
     assert [line["step"] for line in lines if line["event"] == "recovered"] == ["replica"]
     assert [line for line in lines if line["event"] == "store_degraded"]
+
+
+@pytest.mark.parametrize("engine", ["process", "threads"])
+def test_a_start_whose_bucket_cannot_be_reached_comes_from_a_replica(
+    whole: Project, tmp_path: Path, engine: str
+) -> None:
+    """Ref, manifest and blobs come from a folder where nobody listens at the bucket's endpoint, whoever fetches."""
+    project = whole.copy(tmp_path / "copy")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    start = project.run(
+        COLDSTART_STORE="s3://bucket/prefix",
+        COLDSTART_STORE_REPLICAS=f"file://{project.store}",
+        COLDSTART_ENDPOINT_URL=f"http://127.0.0.1:{port}",
+        COLDSTART_REGION="us-east-1",
+        COLDSTART_ACCESS_KEY_ID="id",
+        COLDSTART_SECRET_ACCESS_KEY="secret",
+        COLDSTART_RECOVERY="high_availability",
+        COLDSTART_FETCH_ENGINE=engine,
+        COLDSTART_CAPTURE="off",
+        COLDSTART_START_RECORDS="off",
+    )
+    assert (start.kind, start.record["recovered_by"], start.output) == ("restored", "replica", SCALED)
+    assert start.record["engines"] == [engine]
 
 
 def test_a_start_that_loads_after_all_says_what_is_pending(whole: Project, tmp_path: Path) -> None:
