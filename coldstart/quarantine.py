@@ -43,7 +43,9 @@ class Quarantine:
         except OSError:
             return False
         ending = f"-{self._store}.json"
-        return any(self.reason(f"manifests/{name}/{note.removesuffix(ending)}") for note in notes if note.endswith(ending))
+        return any(
+            self.reason(f"manifests/{name}/{note.removesuffix(ending)}") for note in notes if note.endswith(ending)
+        )
 
     def reason(self, manifest_key: str) -> str:
         """Why the generation stored under this key was found bad, "" if it was not, or long ago."""

@@ -91,10 +91,17 @@ def verify_stores(manifest: Manifest, manifest_key: str, store: Store, *, level:
 
 
 def repair(manifest: Manifest, store: Store, places: Sequence[Place]) -> Iterator[Place]:
-    """Mend what was found from the other stores, and yield what could not be. Raises StoreError."""
-    for place in places:
-        data = _good_copy(manifest, store.stores, place)
+    """Mend what was found from the other stores, and yield what could not be. Raises StoreError.
+
+    A replica's ref comes last, and only once all that it names is there.
+    """
+    lacking: set[int] = set()
+    for place in sorted(places, key=lambda place: place.key.startswith("refs/")):
+        data = None
+        if not (place.key.startswith("refs/") and place.store in lacking):
+            data = _good_copy(manifest, store.stores, place)
         if data is None:
+            lacking.add(place.store)
             yield place
         else:
             store.stores[place.store].put(place.key, data)

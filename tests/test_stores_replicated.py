@@ -314,18 +314,26 @@ def test_replicas_that_are_not_to_be_read_are_not(key):
 # --- heads ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_blob_is_there_if_as_many_stores_have_it_as_are_needed(three):
-    """A writer that asks before it writes is told of a blob in too few stores, or in two lengths, that it is missing."""
-    assert three.joined.head(KEY_OF_BLOB).size_bytes == len(DATA)
+def test_a_blob_in_too_few_stores_is_as_old_as_time(three):
+    """A writer that asks before it writes is told of an age on which nobody relies, and writes it again."""
+    assert three.joined.head(KEY_OF_BLOB).modified_seconds > 0
     three.bare[1].delete(KEY_OF_BLOB)
-    assert three.joined.head(KEY_OF_BLOB).size_bytes == len(DATA)
+    assert three.joined.head(KEY_OF_BLOB).modified_seconds > 0
     three.bare[2].put(KEY_OF_BLOB, DATA[:-1])
+    assert three.joined.head(KEY_OF_BLOB) == (KEY_OF_BLOB, len(DATA), 0.0)
+    three.bare[0].delete(KEY_OF_BLOB)
+    three.bare[2].delete(KEY_OF_BLOB)
     with pytest.raises(ObjectMissingError):
         three.joined.head(KEY_OF_BLOB)
-    three.bare[2].put(KEY_OF_BLOB, DATA)
-    three.bare[0].delete(KEY_OF_BLOB)
-    three.bare[1].put(KEY_OF_BLOB, DATA)
-    assert three.joined.head(KEY_OF_BLOB).size_bytes == len(DATA)
+
+
+def test_a_head_that_nobody_answers_is_an_error(three):
+    """It is not said that a blob is missing where the store could not be asked."""
+    three.stores[0].inject(DOWN)
+    for store in three.bare[1:]:
+        store.delete(KEY_OF_BLOB)
+    with pytest.raises(StoreTransientError):
+        three.joined.head(KEY_OF_BLOB)
 
 
 def test_a_blob_is_as_old_as_its_oldest_copy():

@@ -272,6 +272,18 @@ def test_a_replicas_ref_follows_the_primarys(stale):
     assert [store.get(key).data for store in pair.stores] == [before] * 2
 
 
+def test_a_replica_that_cannot_be_mended_keeps_its_ref():
+    """Its ref is not moved to a generation that it does not hold wholly."""
+    pair = Pair()
+    key = ref_key("model", pair.manifest.key.digest)
+    pair.stores[1].put(key, b"older")
+    for store in pair.stores:
+        store.put(pair.blob, b"wrong")
+    left = list(repair(pair.manifest, pair.joined, pair.places()))
+    assert {(place.store, place.key) for place in left} == {(0, pair.blob), (1, pair.blob), (1, key)}
+    assert pair.stores[1].get(key).data == b"older"
+
+
 def test_what_is_wrong_everywhere_stays_a_finding():
     """A copy is made of nothing but right bytes: then the store is left as it is."""
     pair = Pair()

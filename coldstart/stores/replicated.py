@@ -19,10 +19,11 @@ and manifests, that is, whose bytes are the same everywhere. An object that can 
 is missing. A blob's reader hashes it anyway and reads again what was wrong (``Store.read_into``): from the second read of
 a blob on, each store's answer is hashed here too, and the next store is asked if it is wrong.
 
-**Heads** of blobs are for writers who would leave out what is stored already: one is there if as many stores have it as
-a generation needs, and it is as old as its oldest copy.
+**Heads** of blobs are for writers who would leave out what is stored already and young: a blob is as old as its oldest copy,
+and as old as time where fewer stores have it than a generation needs, so it is written again.
 
-**Deletions** go to all, and fail if one failed: whoever deletes is told what is still stored, and may do it again.
+**Deletions** go to all, and fail if one failed: whoever deletes is told what is still stored, and may do it again. Each store
+is whole by itself, so each can be collected by itself.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class ReplicatedStore(StoreWrapper):
         self._first(key, read)
 
     def head(self, key: str) -> ObjectInfo:
-        """A blob as its oldest copy, if as many stores have it as a generation needs; others as the first that can answer."""
+        """A blob as its oldest copy, or as old as time where fewer stores have it than a generation needs."""
         if not key.startswith("blobs/"):
             return self._first(key, lambda store: store.head(key))[1]
         found: list[ObjectInfo] = []
@@ -148,10 +149,11 @@ class ReplicatedStore(StoreWrapper):
             except StoreError as error:
                 self._rest(number, error)
                 failure = error if number == 0 else failure or error
-        alike = [info for info in found if info.size_bytes == found[0].size_bytes]
-        if len(alike) < self._copies:
-            raise failure or ObjectMissingError(f"the copies of {key!r} differ in length", key=key)
-        return min(alike, key=lambda info: info.modified_seconds)
+        if not found:
+            assert failure is not None
+            raise failure
+        alike = [info.modified_seconds for info in found if info.size_bytes == found[0].size_bytes]
+        return found[0]._replace(modified_seconds=min(alike) if len(alike) >= self._copies else 0.0)
 
     def replica_copies(self, key: str) -> Iterator[bytes]:
         """The copies that replicas have."""
