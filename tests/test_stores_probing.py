@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from coldstart import events
@@ -171,6 +173,24 @@ def test_publishing_without_swaps_looks_again():
     with pytest.raises(StateChangedError):
         repository.publish(ours, key, replaces=before)
     assert repository.look_up("model", KEY).ref == theirs
+
+
+def test_an_object_is_written_once_a_second_where_no_more_is_taken():
+    """Between two writes of one object, refused ones among them, there is a pause: R2 answers 429 to more than one a second."""
+    clock = FakeClock()
+    faulty = FaultyStore(MemoryStore())
+    written: dict[str, list[float]] = {}
+    put = faulty.put
+
+    def timed(key, data, **options):
+        written.setdefault(key, []).append(clock.monotonic())
+        return put(key, data, **options)
+
+    faulty.put = timed
+    assert probe(faulty, pause=lambda: clock.sleep(1.1)).capabilities == ALL
+    times = list(written.values())
+    assert all(later - earlier > 1 for each in times for earlier, later in pairwise(each))
+    assert sum(map(len, times)) == 5
 
 
 def test_moto_enforces_all(s3_bucket, s3_options):

@@ -1,7 +1,7 @@
 """What a server enforces, found out by trying, before the first write that rests on it.
 
 A reader needs none of it, so nothing is tried on the way of a start that restores. Whoever writes with a condition tries
-first (``ProbingStore``), once a process for each bucket: six small requests beside a capture that takes seconds. The answer
+first (``ProbingStore``), once a process for each bucket: ten small requests beside a capture that takes seconds. The answer
 is not kept any longer: a server may be replaced behind its address, and an old answer would cost a generation.
 
 A condition that the server ignores is not claimed from then on (``capabilities``), and not sent; the reason is told once.
@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart.errors import (
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PREFIX = "probes/"
 """Where probes are written, each under a key of its own, and deleted again."""
+R2_SECONDS = 1.1
+"""R2 takes one write of an object a second."""
 MOST_SKEW_SECONDS = 300.0
 """How far this machine's clock may be off the store's. Signatures are refused from 900 s on."""
 
@@ -51,23 +54,34 @@ def probe(
     *,
     clock: Callable[[], float] = time.time,
     unique: Callable[[], str] = lambda: os.urandom(8).hex(),
+    pause: Callable[[], None] | None = None,
 ) -> Probed:
-    """Try what ``store``, a bare one, enforces, with one small object that is deleted again. Raises StoreError."""
-    key = f"{PREFIX}{unique()}"
-    began = clock()
-    etag = store.put(key, _TEXT)
+    """Try what ``store`` enforces, with two small objects that are deleted again. Raises StoreError.
+
+    ``pause`` is waited between two writes of one object; default: a second for R2, which takes no more than one in that time.
+    """
+    if pause is None:
+        pause = partial(time.sleep, R2_SECONDS if store.url.startswith("r2:") else 0.0)
+    created, swapped = f"{PREFIX}{unique()}", f"{PREFIX}{unique()}"
     try:
+        began = clock()
+        store.put(created, _TEXT)
         middle = (began + clock()) / 2
-        skew_seconds = store.head(key).modified_seconds - middle
-        creates = _refuses(lambda: store.put(key, _TEXT, if_absent=True))
-        current = store.get(key).etag
-        swaps = _refuses(lambda: store.put(key, _TEXT, if_match=_another(etag)))
-        swaps = swaps and not _refuses(lambda: store.put(key, _TEXT, if_match=current))
-        capabilities = Capabilities(create_if_absent=creates, compare_and_swap=swaps, ranges=_gives_ranges(store, key))
+        skew_seconds = store.head(created).modified_seconds - middle
+        etag = store.put(swapped, _TEXT)
+        ranges = _gives_ranges(store, created)
+        pause()
+        creates = _refuses(lambda: store.put(created, _TEXT, if_absent=True))
+        swaps = _refuses(lambda: store.put(swapped, _TEXT, if_match=_another(etag)))
+        pause()
+        swaps = swaps and not _refuses(lambda: store.put(swapped, _TEXT, if_match=etag))
     finally:
-        with suppress(AccessDeniedError):  # writers may have no right to delete: some bytes stay, which nothing reads
-            store.delete(key)
-    return Probed(capabilities, skew_seconds)
+        for key in (created, swapped):
+            with suppress(
+                AccessDeniedError
+            ):  # writers may have no right to delete: some bytes stay, which nothing reads
+                store.delete(key)
+    return Probed(Capabilities(create_if_absent=creates, compare_and_swap=swaps, ranges=ranges), skew_seconds)
 
 
 def _refuses(attempt: _Conditional) -> bool:
@@ -162,7 +176,8 @@ class ProbingStore(StoreWrapper):
 
     def _probe(self) -> Capabilities:
         try:
-            return probe(self._store).capabilities
+            is_r2 = "r2.cloudflarestorage.com" in self._identity  # reached as s3:// too
+            return probe(self._store, pause=partial(time.sleep, R2_SECONDS) if is_r2 else None).capabilities
         except AccessDeniedError:  # a credential for the snapshots' own keys alone: what is claimed has to do
             return self._store.capabilities
 
