@@ -9,7 +9,8 @@ every tenth makes and proves a new generation instead. Threads and fetcher proce
 Looked at after each start, when its worker is closed: resident memory, threads, descriptors and child processes of the
 process; entries of its temporary folder, of /dev/shm and of the folder for restored files. At the end, of the store: every object
 must be named by something (a blob by a manifest, a manifest by its generation, a record by its start), and nothing temporary may
-lie about. A worker that is closed at once may leave without its record. Growth is the median of the last quarter less that of the second, so what is kept once does not count.
+lie about. A worker that is closed at once may leave without its record. Growth is the median of the last quarter less that of
+the second, so what is kept once does not count.
 """
 
 from __future__ import annotations
