@@ -29,7 +29,7 @@ STRUCTURE, SAMPLE, FULL = LEVELS = ("structure", "sample", "full")
 SAMPLE_PART = 0.05
 NO_CHUNK = -1
 """Stands for the index of a chunk in findings about the ref or the manifest."""
-_AT_ONCE = 8
+_AT_ONCE = 4
 
 
 class Finding(NamedTuple):

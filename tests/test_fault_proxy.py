@@ -232,7 +232,9 @@ def test_a_fault_of_one_read_is_healed_or_named(way: Way, what: str) -> None:
     assert len(way.proxy.struck) == 1
 
 
-@pytest.mark.parametrize("what", READS)
+@pytest.mark.parametrize(
+    "what", some(READS, "flip", "stall", "whole", "error200", "refuse 503", "refuse 403", "refuse 404")
+)
 def test_a_fault_that_stays_is_a_typed_error(way: Way, what: str) -> None:
     """For ever: the error that the table says, after no more requests for a blob than the policy has attempts and looks."""
     way.proxy.add(rule(what, times=None))

@@ -121,10 +121,10 @@ def test_a_hostile_manifest_is_passed_over(hostile: Hostile, data: bytes) -> Non
 
 
 def _large(manifest: Manifest) -> Manifest:
-    """As much as the format allows: 2^42 bytes of state that nobody has."""
-    segment = manifest.segments[0]._replace(length_bytes=1 << 42)
+    """2^39 bytes of state, which the format allows and no worker has."""
+    segment = manifest.segments[0]._replace(length_bytes=1 << 39)
     chunk: Chunk = manifest.chunks[0]
-    count = (1 << 42) // (64 << 20)
+    count = (1 << 39) // (64 << 20)
     chunks = tuple(
         chunk._replace(segment=0, offset_bytes=index * (64 << 20), length_bytes=64 << 20, stored_bytes=64 << 20)
         for index in range(count)
