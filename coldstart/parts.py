@@ -189,6 +189,10 @@ class Parts:
         """The state as the handler gets it: behind the calls of its entry points, where it asks for a program."""
         if self._definition.program is None or part.program is not None:
             return part.state
+        if part.kind == "restored" and not part.program_obstacle:
+            part.program_obstacle = (
+                self.accepted_programs(part.snapshot).obstacle or "the snapshot has none for this platform"
+            )
         if self.wants_program(part) and part.survey is None and not part.obstacle and part.kind == "restored":
             self._survey(part, part.state)  # before anything is put into it: a further generation is made of it
         return eager_entries(self._definition, part.state, self._services.recorder)
@@ -267,10 +271,9 @@ class Parts:
         with self._timeline.span("load program"):
             calls = load_calls(program, outcome, self._files_folder / definition.name / "programs")
         if self._services.cases:
-            signatures = {entry.path: entry.signature for entry in program.entries}
             from coldstart.programs.cases import check_cases  # imports what only a proof needs
 
-            check_cases(Path(self._services.cases), calls, signatures, program.tolerance)
+            check_cases(Path(self._services.cases), calls, program)
         build = definition.build.get(part.name)
         skeleton = None
         if build is not None and not (stands_alone(definition) and definition.owner is None):
@@ -289,11 +292,17 @@ class Parts:
     def _files_folder(self) -> Path:
         return Path(self._services.settings.files_folder)
 
-    def accepted_programs(self, snapshot: str) -> Accepted:
+    @property
+    def is_fresh(self) -> bool:
+        """Whether everything is to be made anew."""
+        return self._services.settings.fresh
+
+    def accepted_programs(self, snapshot: str, backend: str = "") -> Accepted:
         """The programs that this start can run and may, by what the handler asks for."""
         if self._definition.program is None:
             return NO_PROGRAMS
-        return programs_of_start(self._services, self.device, snapshot, self._definition.program.backend)
+        wanted = backend or self._definition.program.backend
+        return programs_of_start(self._services, self.device, snapshot, wanted)
 
     def _restore_state(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
         """The restored state itself, by its rung."""

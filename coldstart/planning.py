@@ -93,7 +93,15 @@ class Planner:
         if definition.build and not stands_alone(definition) and definition.owner is None:
             outside = partial(_is_outside, owners(definition, part.state))
         backend = export.backend or default_backend(self._parts.device.type)
-        return ProgramWish(backend, options_digest(export), report.answers, dict(export.tolerance), outside)
+        return ProgramWish(
+            backend,
+            options_digest(export),
+            partial(self._parts.accepted_programs, part.snapshot, backend),
+            self._parts.is_fresh,
+            report.answers,
+            dict(export.tolerance),
+            outside,
+        )
 
     def _further_plan(self, part: Part, digests: tuple[str, ...], wish: ProgramWish | None) -> Plan | None:
         """A further generation of a restored state. What it holds is surveyed anew; rung *files* stays as it is."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errand import Errand, Origin
 from coldstart.errors import ProofError
-from coldstart.programs.tolerance import ANSWERS, DEFAULTS, answer_difference
+from coldstart.programs.tolerance import answer_difference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,11 @@ PROOF_SECONDS = 900.0
 
 
 class ProgramProof(NamedTuple):
-    """What a program has to answer beside the warm-up: the folder with its cases, and its tolerance by dtype."""
+    """What a program has to answer: the cases in the folder, and the warm-up's ``answers``, with numbers up to ``limit`` off."""
 
     folder: str
     answers: Sequence[Any]
-    tolerance: Mapping[str, float]
+    limit: float
 
 
 class Proof:
@@ -83,8 +83,7 @@ class Proof:
 
     def _is_far(self, index: int, answer: Any) -> bool:
         assert self._program is not None
-        limit = {**DEFAULTS, **self._program.tolerance}[ANSWERS]
-        return bool(answer_difference(self._program.answers[index], answer, limit))
+        return bool(answer_difference(self._program.answers[index], answer, self._program.limit))
 
     def stop(self) -> None:
         """End the child, if it runs."""

@@ -59,6 +59,8 @@ def start_record(
         "rung": _first(
             part.restored.manifest.rung for part in parts.parts if part.restored and part.kind == "restored"
         ),
+        "program": next((part.program.backend for part in parts.parts if part.program), ""),
+        "program_obstacle": "; ".join(part.program_obstacle for part in parts.parts if part.program_obstacle),
         "generation": max((_generation(part) for part in parts.parts), default=0),
         "key": parts.key_digest,
         "process_start_source": start.source,

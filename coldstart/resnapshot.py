@@ -16,13 +16,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart import events
 from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
-from coldstart.errors import CaptureError, ColdstartError, ManifestError, StateChangedError, StoreError
+from coldstart.errors import (
+    CaptureError,
+    ColdstartError,
+    ExportError,
+    ManifestError,
+    ProofError,
+    StateChangedError,
+    StoreError,
+)
 from coldstart.program_making import ProgramMaking
 from coldstart.programs.placing import place
+from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
+from coldstart.refusals import note_refusal, refusal
 from coldstart.save import IN_THREAD
 from coldstart.save.base import STOPPED
-from coldstart.save.priority import lower_priority
+from coldstart.save.priority import hurry, lower_priority
 from coldstart.save.turns import Turns
 
 if TYPE_CHECKING:
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
     from coldstart.errand import Origin
     from coldstart.frameworks import Survey
     from coldstart.metrics import Transfers
+    from coldstart.program_start import Accepted
     from coldstart.repository import Lookup, Repository
     from coldstart.save import Saving
 
@@ -56,12 +67,15 @@ class Plan(NamedTuple):
 class ProgramWish(NamedTuple):
     """A program that is to be made. ``options``: a digest of what the handler asks for.
 
-    ``answers``: those of the first warm-up, as JSON values. ``tolerance``: by dtype, where it is not the default.
-    ``outside``: whether the array at a path is needed beside the program; None: none is.
+    ``accepted`` tells, when it is due, whether this platform can run it and the store may give it. ``is_fresh``: try even
+    if it failed before. ``answers``: those of the first warm-up, as JSON values. ``tolerance``: by dtype, where it is not the
+    default. ``outside``: whether the array at a path is needed beside the program; None: none is.
     """
 
     backend: str
     options: str
+    accepted: Callable[[], Accepted]
+    is_fresh: bool
     answers: tuple[Any, ...]
     tolerance: Mapping[str, float]
     outside: Callable[[str], bool] | None
@@ -134,6 +148,9 @@ class Resnapshot:
         self._saving = saving
         self._child: Proof | ProgramMaking | None = None
         self._writing: Writing | None = None
+        self._group = 0
+        """The process group that is at work for this worker, 0 if none is."""
+        self._is_waited_for = False
         self._stopping = threading.Event()
         self._stop_seconds = 0.0
         """The moment when what is under way has to be over, once ``stop`` was called."""
@@ -141,7 +158,14 @@ class Resnapshot:
         self._thread.start()
 
     def wait_first(self, seconds: float) -> bool:
-        """Wait until what was due at once is done, or ``seconds`` have passed; True if it is done."""
+        """Wait until what was due at once is done, or ``seconds`` have passed; True if it is done.
+
+        Whoever waits has nothing else to do, so those who do it for this worker need not stand back any longer.
+        """
+        if seconds > 0:
+            self._is_waited_for = True
+            if self._group:
+                hurry(self._group)
         return self._first_done.wait(seconds)
 
     def stop(self, seconds: float) -> None:
@@ -178,6 +202,8 @@ class Resnapshot:
             self._bus.publish(events.CaptureFailed(plan.capture.name, events.error_text(error)))
             reason = str(error) if isinstance(error, ColdstartError) else events.error_text(error)
             outcome = Outcome.none(reason, self._writing.saver.engine if self._writing else "")
+            if make == self._make_program and plan.program is not None:
+                outcome = outcome._replace(program=plan.program.backend)
         finally:
             self._end_writing()
         self.outcomes.append(outcome)
@@ -200,14 +226,34 @@ class Resnapshot:
         return self._write_and_publish(plan, replaces, repository, began, reason)
 
     def _make_program(self, plan: Plan, began: float) -> Outcome:
-        """A generation with the program, made in a process of its own from the generation that there is, if there is one."""
+        """A generation with the program, made in a process of its own from the generation that there is, if there is one.
+
+        A program that cannot be made is noted in the store, so that other workers need not try.
+        """
+        wish, name, key = plan.program, plan.capture.name, plan.capture.key
+        assert wish is not None
+        self._idle(self._idle_seconds)
+        accepted = wish.accepted()
+        if not accepted.identities:
+            return Outcome.none(accepted.obstacle)._replace(program=wish.backend)
+        repository = self._open_repository()
+        identity = f"{accepted.identities[0]}-{wish.options}"
+        earlier = "" if wish.is_fresh else refusal(repository.store, name, key, identity)
+        if earlier:
+            return Outcome.none(f"it was tried before: {earlier}")._replace(program=wish.backend)
+        try:
+            return self._make_and_publish_program(plan, repository, began)
+        except (ExportError, ProofError) as error:
+            if not self._stopping.is_set():
+                note_refusal(repository.store, name, key, identity, str(error))
+            raise
+
+    def _make_and_publish_program(self, plan: Plan, repository: Repository, began: float) -> Outcome:
         import tempfile
         from pathlib import Path
 
         wish = plan.program
         assert wish is not None
-        self._idle(self._idle_seconds)
-        repository = self._open_repository()
         replaces = repository.look_up(plan.capture.name, plan.capture.key)
         with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
             pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
@@ -226,7 +272,7 @@ class Resnapshot:
                 repository,
                 began,
                 f"a program ({wish.backend}) for this platform",
-                ProgramProof(folder, wish.answers, wish.tolerance),
+                ProgramProof(folder, wish.answers, limit_of(placed.program.entries, wish.tolerance)),
             )
             return outcome._replace(program=wish.backend)
 
@@ -269,9 +315,13 @@ class Resnapshot:
             yield
             return
         turns = Turns(group, self._idle)
+        self._group = group
+        if self._is_waited_for:
+            hurry(group)
         try:
             yield
         finally:
+            self._group = 0
             turns.end()
 
     def _published(self, written: Written, seconds: float, reason: str, engine: str) -> Outcome:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import signal
 import sys
 import threading
 import urllib.request
@@ -23,6 +25,33 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("coldstart", deadline=None)
 hypothesis.settings.load_profile("coldstart")
 
+LONGEST_FIRST = (
+    "test_readme.py",
+    "e2e/test_modal.py",
+    "e2e/test_runpod.py",
+    "e2e/test_starts.py",
+    "e2e/test_faults.py",
+    "test_handlers.py",
+    "e2e/test_damage.py",
+    "test_save_process.py",
+    "test_stores_s3_reader.py",
+    "contracts/test_store_contracts.py",
+)
+"""Files that take half a minute and more: begun last, one of them would run alone at the end. Others follow by name."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first, and leave slow tests out unless an expression of markers or a node id is given."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 _OUTSIDE = ("COLDSTART_", "AWS_", "RUNPOD_", "MODAL_", "HF_")
 
 
@@ -32,6 +61,13 @@ def _clean(patch: pytest.MonkeyPatch, home: Path) -> None:
             patch.delenv(name)
     patch.setenv("HOME", str(home / "home"))
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Ctrl-C is heard here and in processes started here: a shell that starts the tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,7 +92,7 @@ def s3_endpoint() -> Iterator[str]:
     from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request would bury a failing test's own output
-    application = _one_write_at_a_time(DomainDispatcherApplication(create_backend_app))
+    application = _one_request_at_a_time(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, name="s3", daemon=True)
     thread.start()
@@ -66,16 +102,17 @@ def s3_endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def _one_write_at_a_time(application: Any) -> Any:
+def _one_request_at_a_time(application: Any) -> Any:
     """moto, whose threads look at a condition and write in two steps, as a server that does both in one.
 
-    Without it a compare-and-swap that moto acknowledges may be lost now and then, which no S3 server is allowed to do.
+    Without it a compare-and-swap that moto acknowledges may be lost now and then, which no S3 server is allowed to do, and
+    a read of what is overwritten meanwhile is answered with 500. What a client sends slowly keeps nobody else waiting.
     """
     lock = threading.Lock()
 
     def serve(environ: dict[str, Any], start_response: Any) -> Any:
-        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
-            return application(environ, start_response)
+        if length := int(environ.get("CONTENT_LENGTH") or 0):
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         with lock:
             return application(environ, start_response)
 

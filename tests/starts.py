@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from coldstart.worker import Worker
 
 ROOT = Path(__file__).parent.parent
-RUN_SECONDS = 120.0
+RUN_SECONDS = 200.0
+CAPTURE_WAIT = {"COLDSTART_CAPTURE_WAIT_SECONDS": "180"}
+"""What makes a snapshot works only where nobody else wants to: on a busy machine it needs far longer than by itself."""
 
 SCALES = """
 import numpy as np
@@ -106,6 +108,7 @@ class Project:
             "COLDSTART_STORE": f"file://{self.store}",
             "COLDSTART_FILES_FOLDER": str(self.folder / "files"),
             "COLDSTART_CAPTURE_IDLE_SECONDS": "0",
+            **CAPTURE_WAIT,
             **self.environment,
             **(environment or {}),
         }

@@ -217,7 +217,7 @@ DOCUMENT = {
 def test_trial_is_read_from_a_document():
     """Time runs from the parent's stamp; the start gets what lies before its first span and after ready as spans."""
     trial = trials_module.read_trial(DOCUMENT, FIRST, 2, spawned_seconds=10.0, process_seconds=4.0)
-    assert (trial.first_response_seconds, trial.capture, trial.warm_seconds) == (2.5, {"published": True}, (0.1,))
+    assert (trial.first_response_seconds, trial.captures, trial.warm_seconds) == (2.5, ({"published": True},), (0.1,))
     assert trial.start["spans"] == [
         span("import", 0.25, 1.0),
         span("interpreter and command", 0.0, 0.25),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -13,12 +15,20 @@ MIB = 1 << 20
 WIDTH, LAYERS, WORDS = 1024, 8, 6000
 
 
+@cache
+def numbers():
+    """280 MB of noise in 16 bits, of which each transformer has a copy."""
+    return np.frombuffer(np.random.default_rng(7).bytes(2 * 140 * MIB), np.uint16)
+
+
 def transformer():
     """A model of 16-bit numbers, 280 MB: large matrices, and two norms and a bias in every layer. All bytes differ."""
-    random = np.random.default_rng(7)
+    begin = 0
 
     def matrix(rows, columns):
-        return np.frombuffer(random.bytes(2 * rows * columns), np.uint16).reshape(rows, columns).copy()
+        nonlocal begin
+        begin += rows * columns
+        return numbers()[begin - rows * columns : begin].reshape(rows, columns).copy()
 
     def layer():
         found = {"norm_1": matrix(1, WIDTH)}

@@ -204,8 +204,8 @@ def test_the_deepest_tree_that_is_allowed():
 
 
 def test_a_very_deep_state_is_an_obstacle_and_no_overflow():
-    """A state of a hundred thousand levels is answered like one of a hundred and one."""
-    assert "nests deeper" in survey(nested(100_000)).tree_obstacle
+    """A state of twenty thousand levels is answered like one of a hundred and one."""
+    assert "nests deeper" in survey(nested(20_000)).tree_obstacle
 
 
 def deep_node(depth: int) -> Any:

@@ -17,6 +17,7 @@ import pytest
 
 from coldstart.frameworks import meta
 from tests.hub import serving
+from tests.starts import CAPTURE_WAIT
 
 ROOT = Path(__file__).parent.parent
 HANDLERS = ROOT / "handlers"
@@ -80,7 +81,7 @@ def in_process(*command, **environment):
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **CAPTURE_WAIT, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -308,6 +309,7 @@ def test_sentences_restores_from_a_snapshot_without_the_hub(tmp_path):
             documents.append(json.loads(text))
             requests.append(len(hub.requests))
     assert [document["start"]["kind"] for document in documents] == ["cold", "restored"]
+    assert documents[1]["start"]["rung"] == "files"
     assert documents[0]["output"] == documents[1]["output"]
     assert len(documents[0]["output"][0]) == 384
     assert requests[0] > 0

@@ -215,11 +215,12 @@ def test_idle_moments(world: World) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
 def test_priority(world: World) -> None:
-    """The capturing thread gives way to those that serve."""
+    """The capturing thread gives way to those that serve, and one that is nicer already stays so."""
     found = []
     world.at_idle = lambda seconds: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
     world.made(world.plan(weights()))
-    assert min(found) > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert found
+    assert set(found) == {max(10, os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))}
 
 
 def test_parent_of_another_key(world: World) -> None:

@@ -15,7 +15,7 @@ from coldstart.capture import Encoding, Writing
 from coldstart.errors import CaptureError, ConfigError
 from coldstart.repository import Repository
 from coldstart.save import AUTO, ENGINES, THREADS, Saving
-from coldstart.save.priority import NICENESS, give_way
+from coldstart.save.priority import NICENESS, give_way, hurry
 from coldstart.save.stage import Rate
 from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock
@@ -139,3 +139,26 @@ def test_a_process_that_has_ended_is_no_error():
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     give_way(child.pid)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no such policy")
+def test_a_group_that_is_waited_for_has_its_share_again():
+    """Every thread of a process group that gave way is scheduled like any other once somebody waits for it."""
+    program = (
+        "import os, sys, threading, time\n"
+        "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+        "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+        "print('there', flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+    )
+    with child:
+        try:
+            assert child.stdout.readline() == b"there\n"
+            threads = [int(name) for name in os.listdir(f"/proc/{child.pid}/task")]
+            assert [os.sched_getscheduler(thread) for thread in threads] == [os.SCHED_IDLE] * 2
+            hurry(child.pid)
+            assert [os.sched_getscheduler(thread) for thread in threads] == [os.SCHED_OTHER] * 2
+        finally:
+            child.kill()

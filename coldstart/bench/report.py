@@ -143,6 +143,9 @@ def _answer_lines(answers: Answers) -> list[str]:
     if answers.ordinary is not None:
         same = "bit for bit the same" if answers.ordinary.identical else _distance(answers.ordinary)
         lines.append(f"ordinary answers against naive ones: {same}")
+    if answers.program is not None:
+        same = "bit for bit the same" if answers.program.identical else _distance(answers.program)
+        lines.append(f"the program's answers against naive ones: {same}")
     return lines if answers.repeats_equal else [*lines, "repeated answers of one process were not all equal"]
 
 
@@ -161,9 +164,8 @@ def _byte_lines(summary: ScenarioSummary) -> list[str]:
         lines.append(
             f"{summary.scenario}: {raw:,} bytes of state, {stored:,} stored ({stored / raw:.2f}), {fetched:,} fetched"
         )
-    if summary.capture:
-        written, seconds = summary.capture.get("written_bytes", 0), summary.capture.get("seconds", 0.0)
-        lines.append(
-            f"{summary.scenario}: snapshot made in {seconds:.2f} s after the answer, {written:,} bytes written"
-        )
+    for capture in summary.captures:
+        what = f"program ({capture['program']})" if capture.get("program") else "snapshot"
+        written, seconds = capture.get("written_bytes", 0), capture.get("seconds", 0.0)
+        lines.append(f"{summary.scenario}: {what} made in {seconds:.2f} s after the answer, {written:,} bytes written")
     return lines

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coldstart.bench.trial import ORDINARY, SCENARIOS, Trial, run_trial
+from coldstart.bench.trial import ORDINARY, PROGRAM, SCENARIOS, Trial, run_trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def scenarios_of(target: Target) -> tuple[str, ...]:
-    """The scenarios that can be measured, in their order: all, or all but the ordinary one."""
-    return tuple(name for name in SCENARIOS if name != ORDINARY or target.ordinary is not None)
+    """The scenarios that can be measured, in their order: the ordinary one needs a companion, the program one a program."""
+    left_out = {ORDINARY} if target.ordinary is None else set()
+    if not target.has_program:
+        left_out.add(PROGRAM)
+    return tuple(name for name in SCENARIOS if name not in left_out)
 
 
 def run_rounds(target: Target, *, trials: int, say: Callable[[str], None]) -> tuple[Trial, ...]:

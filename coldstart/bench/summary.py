@@ -5,13 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.bench.agreement import Agreement, canonical, compare
-from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, RESTORED, SCENARIOS, Trial
+from coldstart.bench.trial import FIRST, NAIVE, ORDINARY, PROGRAM, RESTORED, SCENARIOS, Trial
 from coldstart.metrics import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-RATIOS = ((ORDINARY, RESTORED), (NAIVE, RESTORED), (FIRST, NAIVE))
+RATIOS = (
+    (ORDINARY, PROGRAM),
+    (NAIVE, PROGRAM),
+    (RESTORED, PROGRAM),
+    (ORDINARY, RESTORED),
+    (NAIVE, RESTORED),
+    (FIRST, NAIVE),
+)
 """Slower over faster: what restoring gains, and what the first worker pays for making the snapshot."""
 
 PHASES_TRACK = "phases"
@@ -68,7 +75,7 @@ class ScenarioSummary(NamedTuple):
     timeline: tuple[Stretch, ...]
     parts: tuple[Part, ...]
     bytes: Mapping[str, int]
-    capture: Mapping[str, Any]
+    captures: tuple[Mapping[str, Any], ...]
 
 
 class Ratio(NamedTuple):
@@ -82,14 +89,15 @@ class Ratio(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Whether the answers agree, restored ones and the ordinary way's with naive ones. Counts are of rounds."""
+    """Whether the answers agree: restored ones, the program's and the ordinary way's with naive ones. Counts are of rounds."""
 
     restored_identical: int
     rounds: int
     repeats_equal: bool
     restored: Agreement
-    """Of the round that agrees least, as is the next."""
+    """Of the round that agrees least, as are the next."""
     ordinary: Agreement | None
+    program: Agreement | None = None
 
 
 class Results(NamedTuple):
@@ -137,7 +145,7 @@ def summarise_scenario(trials: Sequence[Trial]) -> ScenarioSummary:
         timeline=with_overlaps(stretches(middle.start)),
         parts=median_parts([trial.start for trial in trials]),
         bytes={name: int(count) for name, count in dict(middle.start.get("bytes") or {}).items()},
-        capture=middle.capture,
+        captures=middle.captures,
     )
 
 
@@ -205,19 +213,22 @@ def ratio(over: Sequence[Trial], under: Sequence[Trial]) -> Ratio:
 
 
 def judge_answers(by_scenario: Mapping[str, Sequence[Trial]]) -> Answers:
-    """Compare the restored answers, and the ordinary way's, with the naive ones of the same round."""
+    """Compare the restored answers, the program's and the ordinary way's with the naive ones of the same round."""
     naive = [trial.output for trial in by_scenario[NAIVE]]
     restored = [trial.output for trial in by_scenario[RESTORED]]
-    ordinary = [trial.output for trial in by_scenario.get(ORDINARY, ())]
+    others = {
+        name: _least([compare(trial.output, other) for trial, other in zip(by_scenario[name], naive, strict=True)])
+        for name in (ORDINARY, PROGRAM)
+        if name in by_scenario
+    }
     identical = [canonical(one) == canonical(other) for one, other in zip(restored, naive, strict=True)]
     return Answers(
         restored_identical=sum(identical),
         rounds=len(identical),
         repeats_equal=all(trial.answers_equal for group in by_scenario.values() for trial in group),
         restored=_least([compare(one, other) for one, other in zip(restored, naive, strict=True)]),
-        ordinary=_least([compare(one, other) for one, other in zip(ordinary, naive, strict=True)])
-        if ordinary
-        else None,
+        ordinary=others.get(ORDINARY),
+        program=others.get(PROGRAM),
     )
 
 

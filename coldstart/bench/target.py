@@ -20,6 +20,7 @@ class Target(NamedTuple):
     name: str
     input: Any
     ordinary: Path | None
+    has_program: bool = False
 
     @property
     def label(self) -> str:
@@ -41,7 +42,7 @@ def read_target(reference: str, *, input_text: str | None, ordinary: str | None)
     """
     file, name = _split(reference)
     event_input = _parsed(input_text) if input_text is not None else first_warmup_input(file, name)
-    return Target(file, name, event_input, _companion(file, ordinary))
+    return Target(file, name, event_input, _companion(file, ordinary), _has_program(file, name))
 
 
 def first_warmup_input(file: Path, wanted: str = "") -> Any:
@@ -64,6 +65,13 @@ def first_warmup_input(file: Path, wanted: str = "") -> Any:
     if entry is None:
         raise UsageError(f"{file} spells out no warm-up input to take as the event: pass --input '<JSON>'")
     return entry
+
+
+def _has_program(file: Path, wanted: str) -> bool:
+    """Whether the handler asks for a program."""
+    from coldstart.keys import find_handlers
+
+    return any(each.has_program for each in find_handlers(str(file)) if wanted in ("", each.name, each.attribute))
 
 
 def _split(reference: str) -> tuple[Path, str]:

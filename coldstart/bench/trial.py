@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
     from coldstart.bench.target import Target
 
-ORDINARY, NAIVE, FIRST, RESTORED = "ordinary", "naive", "first", "restored"
+ORDINARY, NAIVE, FIRST, RESTORED, PROGRAM = "ordinary", "naive", "first", "restored", "program"
 SCENARIOS: Mapping[str, str] = {
     ORDINARY: "a plain script that imports and loads everything, without coldstart",
     NAIVE: "the handler under coldstart without a store: load runs at every start",
     FIRST: "the handler with an empty store: load runs, a snapshot is made after the answer",
-    RESTORED: "the handler with the store that `first` of the same round has filled",
+    RESTORED: "the handler with the store that `first` of the same round has filled; its state is restored, not its program",
+    PROGRAM: "the same store, and the snapshot's program in place of the state",
 }
 """Scenario -> what it is, in the order in which a round runs them."""
 
@@ -44,8 +45,8 @@ class Trial(NamedTuple):
     answers_equal: bool
     start: Mapping[str, Any]
     """The start record: kind, phases, spans, bytes. Of the ordinary way only the spans."""
-    capture: Mapping[str, Any]
-    """How the capture of ``first`` went; empty in other scenarios."""
+    captures: tuple[Mapping[str, Any], ...]
+    """How the captures of ``first`` went, that of the state and that of its program; empty in other scenarios."""
 
 
 def command_of(target: Target, scenario: str) -> list[str]:
@@ -62,9 +63,13 @@ def environment_of(scenario: str, folder: Path) -> dict[str, str]:
     """The environment of one trial, with store and restored files below ``folder``, which is this round's own."""
     store = "off" if scenario in (ORDINARY, NAIVE) else f"file://{folder / 'store'}"
     files = str(folder / f"files-{scenario}")
-    return config.child_environment(
-        {"COLDSTART_STORE": store, "COLDSTART_STORE_REPLICAS": None, "COLDSTART_FILES_FOLDER": files}
-    )
+    variables: dict[str, str | None] = {"COLDSTART_STORE": store, "COLDSTART_FILES_FOLDER": files}
+    variables["COLDSTART_STORE_REPLICAS"] = None
+    if scenario == FIRST:
+        variables["COLDSTART_CAPTURE_WAIT_SECONDS"] = str(TIMEOUT_SECONDS)  # a program takes minutes to make
+    if scenario == RESTORED:
+        variables["COLDSTART_PROGRAMS"] = "off"
+    return config.child_environment(variables)
 
 
 def run_trial(target: Target, scenario: str, number: int, folder: Path) -> Trial:
@@ -123,21 +128,29 @@ def read_trial(
         warm_seconds = tuple(float(seconds) for seconds in document["warm_seconds"])
         output, equal = document["output"], bool(document["answers_equal"])
         start = _spans_of_plain(document, spawned_seconds) if scenario == ORDINARY else _with_edges(document)
-        capture = dict(document.get("capture") or {}) if scenario == FIRST else {}
+        captures = tuple(map(dict, document["captures"])) if scenario == FIRST else ()
     except (KeyError, TypeError, ValueError) as error:
         raise StartError(f"scenario {scenario} printed a document that cannot be read: {error!r}") from error
     first_response_seconds = answered_seconds - spawned_seconds
-    return Trial(scenario, number, first_response_seconds, process_seconds, warm_seconds, output, equal, start, capture)
+    return Trial(
+        scenario, number, first_response_seconds, process_seconds, warm_seconds, output, equal, start, captures
+    )
 
 
 def check_trial(trial: Trial) -> None:
     """A number under the wrong heading is worse than none: see to it that the scenario is what took place."""
     kind, reason = trial.start.get("kind"), trial.start.get("reason") or "no reason was recorded"
-    if trial.scenario == RESTORED and kind != "restored":
-        raise StartError(f"scenario restored went as a {kind} start ({reason}): there is nothing to measure")
-    if trial.scenario == FIRST and not trial.capture.get("published"):
-        why = trial.capture.get("reason") or "no reason was recorded"
-        raise CaptureError(f"scenario first published no snapshot ({why}): there is nothing to restore")
+    if trial.scenario in (RESTORED, PROGRAM) and kind != "restored":
+        raise StartError(f"scenario {trial.scenario} went as a {kind} start ({reason}): there is nothing to measure")
+    if trial.scenario == PROGRAM and not trial.start.get("program"):
+        obstacle = trial.start.get("program_obstacle") or "no reason was recorded"
+        raise StartError(f"scenario program ran without one ({obstacle}): there is nothing to measure")
+    if trial.scenario == FIRST:
+        for capture in trial.captures:
+            if not capture.get("published"):
+                why = capture.get("reason") or "no reason was recorded"
+                what = "program" if capture.get("program") else "snapshot"
+                raise CaptureError(f"scenario first published no {what} ({why}): there is nothing to restore")
 
 
 def _with_edges(document: Mapping[str, Any]) -> dict[str, Any]:

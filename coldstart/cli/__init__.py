@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from traceback import FrameSummary
 
+    from coldstart.imports.watch import ImportWatch
+
 COMMANDS = {
     "run": "one start, one event, the timeline on the screen",
     "serve": "serve events on the platform that this machine is",
+    "imports": "what importing a handler's file costs, and which of it only load needs",
     "bench": "cold starts in real processes: ordinary, naive, first, restored",
     "deploy": "put a handler's file on RunPod or Modal",
     "prewarm": "start workers of what is deployed, before the first event needs them",
@@ -32,12 +35,13 @@ HIDDEN = ("prove", "make-program")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a failure that is told, 2 for wrong usage."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    watch = _import_watch(words)
     import argparse
 
     if sys.platform == "win32":
         print("coldstart: Windows is not supported: run it on Linux, in WSL or in a container", file=sys.stderr)
         return 1
-    words = list(sys.argv[1:] if arguments is None else arguments)
     chosen = words[0] if words and words[0] in (*COMMANDS, *HIDDEN) else None
     parser = argparse.ArgumentParser(
         prog="coldstart", description="Cold starts of inference workers from snapshots of their state."
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen in HIDDEN:
         import_module("coldstart.cli.errand").add_parser(subparsers)
     options = parser.parse_args(words)
+    options.watch = watch
     if options.version:
         print(VERSION)
         return 0
@@ -70,7 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:  # noqa: BLE001  the process' edge: the handler's file or the handler raised it
         return tell(error)
+    finally:
+        if watch is not None:
+            watch.end()
     return status
+
+
+def _import_watch(words: Sequence[str]) -> ImportWatch | None:
+    """A watch on this process' imports from here on, for the options of ``run`` that show them, abbreviated too."""
+    if words[:1] != ["run"] or not any(word.startswith(("--ti", "--tr")) for word in words):
+        return None
+    from coldstart.imports.watch import ImportWatch
+
+    return ImportWatch().begin()
 
 
 def tell(error: Exception) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import UsageError
+from coldstart.errors import HandlerError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(to_json(report) if arguments.json else to_text(report))
     for path in write(report, _stem(arguments.output, report)):
         _say(f"written: {path}")
+    _warn_of_imports(arguments.handler, report)
     return 0
 
 
@@ -67,6 +68,27 @@ def _measure(arguments: argparse.Namespace) -> Report:
         _say(f"no {target.file.stem}_ordinary.py beside the file and no --ordinary: the ordinary way is left out")
     trials = run_rounds(target, trials=arguments.trials, say=_say)
     return Report(target.label, target.input, describe_machine(), trials, summarise(trials))
+
+
+def _warn_of_imports(reference: str, report: Report) -> None:
+    """Say what the handler's module imports for ``load`` alone, unless its snapshot runs ``load`` at every start anyway."""
+    from coldstart.bench.trial import RESTORED
+    from coldstart.cli.imports import warning_of
+    from coldstart.imports.costs import measure_imports
+    from coldstart.imports.needs import read_needs
+    from coldstart.loading import parse_target
+
+    if any(trial.scenario == RESTORED and trial.start.get("rung") == "files" for trial in report.trials):
+        return
+    try:
+        target = parse_target(reference)
+        if not any(need.is_only_for_load for need in read_needs(target.path, target.name)):
+            return
+        warning = warning_of(measure_imports(target.path, target.name))
+    except HandlerError as error:  # the benchmark itself is done
+        warning = f"what the file imports could not be measured: {error}"
+    if warning is not None:
+        _say(warning)
 
 
 def _stem(folder: str | None, report: Report) -> Path:

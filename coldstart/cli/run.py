@@ -15,6 +15,7 @@ from coldstart.errors import EventError, UsageError
 if TYPE_CHECKING:
     import argparse
 
+    from coldstart.imports.watch import ImportWatch
     from coldstart.resnapshot import Outcome
     from coldstart.worker import Worker
 
@@ -28,25 +29,41 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--fresh", action="store_true", help="ignore snapshots, run load and make a new snapshot")
     parser.add_argument("--repeat", type=int, default=0, metavar="N", help="answer the event N more times, warm")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for a snapshot that is being made")
-    parser.set_defaults(run=run)
+    parser.add_argument("--timeline", action="store_true", help="say where the time went: phases, imports by package")
+    parser.add_argument("--trace", metavar="FILE", help="write the start as Chrome trace events, for ui.perfetto.dev")
+    parser.set_defaults(run=run, watch=None)
 
 
 def run(options: argparse.Namespace) -> int:
     """Start the handler, answer one event, report."""
     from coldstart.config import read_variable, set_variables
 
+    if options.trace is not None:
+        from coldstart.cli.trace import check_writable
+
+        check_writable(options.trace)
     if options.fresh:
         set_variables({"COLDSTART_FRESH": "on"})
     if read_variable("COLDSTART_LOG") is None:
         set_variables({"COLDSTART_LOG": "off"})  # the report at the end says it all
     worker, answers = _start_and_answer(options)
     document = _document(worker, answers)
+    if options.watch is not None:
+        document["imports"] = _imports(worker, answers, options.watch)
+    if options.trace is not None:
+        from coldstart.cli.trace import write_trace
+
+        write_trace(options.trace, document)
     if options.json:
         print(json.dumps(document, default=_as_json))
     else:
         from coldstart.cli.timeline import report
 
         print(report(document), file=sys.stderr)
+        if options.timeline:
+            from coldstart.cli.import_table import tables
+
+            print(f"\n{tables(document)}", file=sys.stderr)
     return 0
 
 
@@ -72,6 +89,8 @@ def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
     began = time.monotonic()
     module = import_file(target.path)
     imported = time.monotonic()
+    if options.watch is not None:
+        options.watch.add(module.__name__, began, imported)
     handler = choose_handler(module, target)
     worker = worker_for(handler.__coldstart__)
     worker.note_import(began, imported)
@@ -96,6 +115,8 @@ def _answer(handler: Any, worker: Worker, event: Any, options: argparse.Namespac
     def all_answers() -> _Answers:
         first = answer_one(handler, event)
         answered = time.monotonic()
+        if options.watch is not None:
+            options.watch.end()
         if not options.json:
             print(json.dumps(_plain(first), default=_as_json), flush=True)
         seconds, equal = [], True
@@ -119,6 +140,7 @@ def _capture_wait_seconds() -> float:
 
 def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
     offset = worker.timeline.clock() - time.monotonic()
+    captures = [outcome._asdict() for outcome in answers.outcomes]
     nothing = {"published": False, "reason": worker.capture_reason}
     return {
         "output": _plain(answers.first),
@@ -127,9 +149,19 @@ def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
         "first_answer_seconds": round(answers.first_monotonic_seconds + offset, 6),
         "start": worker.record,
         "warm_seconds": answers.warm_seconds,
-        "capture": answers.outcomes[0]._asdict() if answers.outcomes else nothing,
+        "capture": captures[0] if captures else nothing,
+        "captures": captures or [nothing],
         "metrics": worker.metrics.to_dict(),
     }
+
+
+def _imports(worker: Worker, answers: _Answers, watch: ImportWatch) -> dict[str, Any]:
+    """What was imported from the command's first lines to the first answer, in seconds since the process began."""
+    from coldstart.imports.sums import describe
+
+    offset = worker.timeline.clock() - time.monotonic()
+    loads = [load for load in watch.loads if load.ended_seconds <= answers.first_monotonic_seconds]
+    return describe(loads, handler=watch.handler, began_seconds=watch.began_seconds, offset_seconds=offset)
 
 
 def _plain(value: Any) -> Any:

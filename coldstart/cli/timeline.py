@@ -20,12 +20,15 @@ def report(document: Mapping[str, Any]) -> str:
     if document["warm_seconds"]:
         warm = sorted(document["warm_seconds"])
         lines.append(f"  warm: median {1000 * warm[len(warm) // 2]:.3f} ms of {len(warm)}")
-    lines.append(_capture(document["capture"]))
+    if start.get("program_obstacle"):
+        lines.append(f"  without a program: {start['program_obstacle']}")
+    lines += map(_capture, document.get("captures") or [document["capture"]])
     return "\n".join(line for line in lines if line)
 
 
 def _headline(start: Mapping[str, Any], answered_seconds: float) -> str:
-    kind = start["kind"] + (f" (generation {start['generation']})" if start["generation"] else "")
+    program = f", program {start['program']}" if start.get("program") else ""
+    kind = start["kind"] + (f" (generation {start['generation']}{program})" if start["generation"] else "")
     reason = f": {start['reason']}" if start["reason"] else ""
     recovered = f", recovered by {start['recovered_by']}" if start["recovered_by"] not in ("none", "") else ""
     return f"{start['name']} {kind}{recovered}{reason}; first answer {answered_seconds:.3f} s after the process began"
@@ -53,14 +56,19 @@ def _bar(began: float, ended: float, end: float) -> str:
 
 
 def _capture(capture: Mapping[str, Any]) -> str:
+    what = f"program ({capture['program']})" if capture.get("program") else "snapshot"
     if capture["published"]:
         return (
-            f"  snapshot: generation {capture['generation']} published in {capture['seconds']:.2f} s,"
+            f"  {what}: generation {capture['generation']} published in {capture['seconds']:.2f} s,"
             f" {_size(capture['stored_bytes'])} stored of {_size(capture['raw_bytes'])},"
             f" {_size(capture['written_bytes'])} written; the next start restores it"
             + (f"\n  note: {capture['reason']}" if capture.get("reason") else "")
         )
-    return f"  no snapshot was made: {capture['reason']}" if capture["reason"] else ""
+    return (
+        f"  no {'program' if capture.get('program') else 'snapshot'} was made: {capture['reason']}"
+        if capture["reason"]
+        else ""
+    )
 
 
 def _size(size_bytes: int) -> str:

@@ -13,7 +13,7 @@ from coldstart.errors import ExportError, ProofError
 from coldstart.programs.calls import as_numpy
 from coldstart.programs.folder import CASES, ArrayReader, read_document, stored_of, write_document
 from coldstart.programs.signature import UNBOUNDED, put_together, taken_apart
-from coldstart.programs.tolerance import DEFAULTS, array_difference
+from coldstart.programs.tolerance import array_difference, limit_of
 from coldstart.programs.tracing import resized
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from random import Random
 
     from coldstart.programs.folder import ArrayWriter
+    from coldstart.programs.record import Program
     from coldstart.programs.recording import Call
     from coldstart.programs.signature import Signature
     from coldstart.programs.tracing import Traced
@@ -163,15 +164,14 @@ def _pools(calls: Sequence[Call]) -> dict[tuple[str, int], Any]:
     return {at: torch.cat(arrays) for at, arrays in found.items()}
 
 
-def check_cases(
-    folder: Path, calls: Mapping[str, Any], signatures: Mapping[str, Signature], tolerance: Mapping[str, float]
-) -> int:
+def check_cases(folder: Path, calls: Mapping[str, Any], program: Program) -> int:
     """Have the loaded program answer every case; returns how many there were. Raises ProofError for the first difference."""
     arrays = ArrayReader(folder)
     cases = read_document(folder, CASES)
-    limits = {**DEFAULTS, **tolerance}
+    entries = {entry.path: entry for entry in program.entries}
+    limits = {path: limit_of([entry], program.tolerance) for path, entry in entries.items()}
     for number, case in enumerate(cases):
-        path, signature = case["path"], signatures[case["path"]]
+        path, signature = case["path"], entries[case["path"]].signature
         given = [arrays.array(stored_of(row)) for row in case["arrays"]]
         result = (
             calls[path](**put_together(signature.arguments, given))
@@ -180,8 +180,8 @@ def check_cases(
         )
         _, got = taken_apart(result, "", entry=path)
         for place, (row, (_, array)) in enumerate(zip(case["expected"], got, strict=True)):
-            expected, dtype = as_numpy(arrays.array(stored_of(row))), signature.outputs[place].dtype
-            difference = array_difference(expected, as_numpy(array), limits.get(dtype, 0.0))
+            expected = as_numpy(arrays.array(stored_of(row)))
+            difference = array_difference(expected, as_numpy(array), limits[path])
             if difference:
                 shapes = ", ".join(str(tuple(each.shape)) for each in given)
                 raise ProofError(

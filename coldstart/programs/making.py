@@ -14,14 +14,15 @@ from coldstart.programs.cases import CaseWriter
 from coldstart.programs.folder import RECORD, ArrayWriter, write_document
 from coldstart.programs.record import options_digest, signature_to_json
 from coldstart.programs.recording import given_call
-from coldstart.programs.tracing import flat_module, trace
+from coldstart.programs.tracing import flat_module, mutated_names, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from coldstart.exports import Export
-    from coldstart.programs.base import Made
+    from coldstart.programs.base import Constant, Made
+    from coldstart.programs.folder import Stored
     from coldstart.programs.recording import Call, Recorder
     from coldstart.programs.tracing import Traced
 
@@ -47,14 +48,13 @@ def make_program(
     modules = {path: flat_module(recorder.points[path], calls[path][0].structure) for path in export.entry}
     writer = CaseWriter(modules, traced, arrays, Random(0))  # noqa: S311  the same cases each time
     signatures = {path: writer.narrowed(path, calls[path]) for path in export.entry}
+    written = {_address(each) for one in made.values() for each in one.constants if each.name in one.mutated}
     entries = [
         {
             "path": path,
             "signature": signature_to_json(signatures[path]),
             "file": made[path].file.name,
-            "constants": [
-                [each.name, list(arrays.add(each.data, each.dtype, each.shape))] for each in made[path].constants
-            ],
+            "constants": [[each.name, list(stored)] for each, stored in _stored(made[path], written, arrays)],
             "mutated": sorted(made[path].mutated),
         }
         for path in export.entry
@@ -92,7 +92,22 @@ def _make(backend: str, traced: Traced, file: Path, path: str) -> Made:
         from coldstart.programs.aoti_make import make
     else:
         from coldstart.programs.onnx_make import make
-    return make(traced.exported, file, path=path)
+    try:
+        return make(traced.exported, file=file, scratch=file.parent)
+    except ExportError as error:
+        raise ExportError(f"entry point {path or '(the state itself)'!r} cannot be a program: {error}") from error
+
+
+def _stored(made: Made, written: set[int], arrays: ArrayWriter) -> Iterator[tuple[Constant, Stored]]:
+    """The constants in the folder. What is written to is one memory wherever it is the same, and two where it only looks so."""
+    for each in made.constants:
+        address = _address(each)
+        identity = str(address) if address in written else ""
+        yield each, arrays.add(each.data, each.dtype, each.shape, identity=identity)
+
+
+def _address(constant: Constant) -> int:
+    return int(constant.data.__array_interface__["data"][0])
 
 
 def _refuse_concurrency(made: Mapping[str, Made], concurrency: int) -> None:
@@ -110,8 +125,7 @@ class _Initial:
     def __init__(self, traced: Mapping[str, Traced], recorder: Recorder) -> None:
         self._pairs = []
         for path, each in traced.items():
-            names = set(each.exported.graph_signature.buffers_to_mutate.values())
-            for name in sorted(names):
+            for name in mutated_names(each.exported):
                 tensor: Any = each.exported.state_dict.get(name, each.exported.constants.get(name))
                 before = recorder.before.get(tensor.data_ptr()) if tensor is not None else None
                 if before is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ExportError
 from coldstart.programs.base import Constant, Made
-from coldstart.programs.tracing import obstacle
+from coldstart.programs.tracing import mutated_names, obstacle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,41 +20,41 @@ _WEIGHTS = "weights"
 _EXTRA = "pip install 'coldstart-gpu[onnx-export]' where snapshots are made"
 
 
-def make(exported: Any, file: Path, *, path: str) -> Made:
-    """Make the program of one entry point (``path`` is for errors) and write its graph to ``file``.
+def make(exported: Any, *, file: Path, scratch: Path, threads: int = 1) -> Made:
+    """Make the program of one entry point and write its graph to ``file``; one thread works at it, whatever ``threads`` says.
 
     The constants are mapped from a file beside it, which has to stay until they have been used. Raises ExportError.
     """
-    _refuse_mutation(exported, path)
-    _refuse_narrow(exported, path)
-    plain = file.with_name(f"{file.name}.plain")
-    _export(exported, plain, path)
+    del threads
+    _refuse_mutation(exported)
+    _refuse_narrow(exported)
+    plain = scratch / f"{file.name}.plain"
+    _export(exported, plain)
     weights = f"{file.name}.{_WEIGHTS}"
-    _optimise(plain, file, weights, path)
+    _optimise(plain, file, weights)
     for left in (plain, plain.with_name(f"{plain.name}.data")):
         left.unlink(missing_ok=True)
     return Made(file, tuple(_constants(file, weights)), frozenset())
 
 
-def _refuse_mutation(exported: Any, path: str) -> None:
-    signature = exported.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+def _refuse_mutation(exported: Any) -> None:
+    changed = mutated_names(exported)
     if changed:
         raise ExportError(
-            f"entry point {path!r} writes to {changed[0]!r}; ONNX would drop that silently: export(backend='aoti') keeps it"
+            f"it writes to {changed[0]!r}; ONNX would drop that silently: export(backend='aoti') keeps it"
         )
 
 
-def _refuse_narrow(exported: Any, path: str) -> None:
+def _refuse_narrow(exported: Any) -> None:
     for name, tensor in (*exported.state_dict.items(), *exported.constants.items()):
         if str(getattr(tensor, "dtype", "")) == "torch.bfloat16":
             raise ExportError(
-                f"entry point {path!r} computes in bfloat16 ({name}), for which ONNX Runtime has no kernels on a CPU:"
+                f"it computes in bfloat16 ({name}), for which ONNX Runtime has no kernels on a CPU:"
                 " export(backend='aoti') has them, or convert the model to float32 in load"
             )
 
 
-def _export(exported: Any, target: Path, path: str) -> None:
+def _export(exported: Any, target: Path) -> None:
     import torch
 
     try:
@@ -63,27 +64,27 @@ def _export(exported: Any, target: Path, path: str) -> None:
     except ModuleNotFoundError as error:
         raise ExportError(f"making ONNX programs needs {error.name}: {_EXTRA}") from error
     except Exception as error:  # whatever the exporter raises for an operator that it does not have
-        raise ExportError(f"entry point {path!r} cannot be exported to ONNX: {obstacle(error)}") from error
+        raise ExportError(f"it cannot be exported to ONNX: {obstacle(error)}") from error
 
 
-def _optimise(plain: Path, target: Path, weights: str, path: str) -> None:
+def _optimise(plain: Path, target: Path, weights: str) -> None:
     """Have the runtime write the graph as it would run it here."""
-    import onnxruntime
+    runtime: Any = import_module("onnxruntime")
 
-    options = onnxruntime.SessionOptions()
+    options = runtime.SessionOptions()
     options.log_severity_level = (
         3  # one level down is a warning that the graph fits this processor: the platform says so
     )
     options.optimized_model_filepath = str(target)
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", str(INSIDE_BYTES)
     )
     try:
-        onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+        runtime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions have no common class
-        raise ExportError(f"ONNX Runtime refuses the graph of entry point {path!r}: {obstacle(error)}") from error
+        raise ExportError(f"ONNX Runtime refuses its graph: {obstacle(error)}") from error
 
 
 def _constants(file: Path, weights: str) -> Iterator[Constant]:

@@ -7,18 +7,30 @@ from typing import TYPE_CHECKING, Any
 from coldstart.programs.signature import framework_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
+
+    from coldstart.programs.record import Entry
 
 DEFAULTS: Mapping[str, float] = {
     "float64": 1e-9,
     "float32": 2e-5,
     "float16": 5e-3,
-    "bfloat16": 4e-2,
+    "bfloat16": 2e-2,
 }
 """Largest difference by dtype, relative to the largest value of the array (at least 1). Everything else has to be equal."""
 
-ANSWERS = "float32"
-"""The dtype whose tolerance holds for the numbers of an answer, which have none."""
+
+def limit_of(entries: Iterable[Entry], tolerance: Mapping[str, float]) -> float:
+    """How far numbers may be that these entry points compute: as the coarsest dtype among their arrays and constants allows.
+
+    A result in float32 that was computed in bfloat16 is as exact as bfloat16.
+    """
+    limits = {**DEFAULTS, **tolerance}
+    dtypes: set[str] = set()
+    for entry in entries:
+        dtypes |= {constant.dtype for constant in entry.constants}
+        dtypes |= {array.dtype for array in (*entry.signature.inputs, *entry.signature.outputs)}
+    return max((limits[dtype] for dtype in dtypes if dtype in limits), default=0.0)
 
 
 def array_difference(expected: Any, got: Any, limit: float) -> str:

@@ -173,6 +173,12 @@ def _attempts(example: tuple[Any, ...], free: _Ranges) -> Iterator[tuple[Any, ..
     yield tuple({axis: Dim.AUTO for at, axis in free if at == place} for place in range(len(example)))
 
 
+def mutated_names(exported: Any) -> list[str]:
+    """Names of the buffers and arguments that a call writes to. Only the functional form of an export tells."""
+    signature = exported.run_decompositions({}).graph_signature
+    return sorted({*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()})
+
+
 def obstacle(error: BaseException) -> str:
     """What stands in the way of an export, in one line, with the user's line where torch names one, and the remedy."""
     import re

@@ -46,7 +46,25 @@ def give_way(pid: int = 0) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
 
 
+def hurry(group: int) -> None:
+    """Let a process group that gave way have its share of the processors again: somebody does nothing but wait for it.
+
+    Best effort; as nice as it was it stays, for only root may change that.
+    """
+    if getattr(os, "SCHED_IDLE", None) is None:
+        return
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):  # gone since, or another user's
+            if os.getpgid(int(pid)) != group:
+                continue
+            for thread in os.listdir(f"/proc/{pid}/task"):
+                if os.sched_getscheduler(int(thread)) == os.SCHED_IDLE:
+                    os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+
+
 def lower_priority() -> None:
-    """Let this thread wait for those that serve (Linux: a thread has a priority of its own)."""
+    """Let this thread wait for those that serve, more than it does already (Linux: a thread has a priority of its own)."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS_OF_THREADS)
+        thread = threading.get_native_id()
+        niceness = max(_NICENESS_OF_THREADS, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ from tests.runpod_workers import Line, Worker, lines
 from tests.starts import ROOT, Project
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from coldstart.stores.base import Store
@@ -73,28 +73,25 @@ def serve(plane: Plane, project: Project, line: Line, target: str, **environment
     return worker_of(plane, project, line, "serve", target, **environment)
 
 
-@contextmanager
-def bucket(project: Project) -> Iterator[Store]:
-    """The project's bucket."""
-    own = project.environment
-    options = StoreOptions(own["COLDSTART_ENDPOINT_URL"], "us-east-1", "id", "secret")
-    store = open_store(own["COLDSTART_STORE"], options)
-    try:
-        yield store
-    finally:
-        store.close()
+@cache
+def _store_at(address: str, endpoint: str) -> Store:
+    return open_store(address, StoreOptions(endpoint, "us-east-1", "id", "secret"))
+
+
+def bucket(project: Project) -> Store:
+    """The project's bucket, by one client: making one takes longer than most of what is asked here, again and again."""
+    return _store_at(project.environment["COLDSTART_STORE"], project.environment["COLDSTART_ENDPOINT_URL"])
 
 
 def stored(project: Project, prefix: str) -> dict[str, bytes]:
     """Key -> bytes of the objects in the project's bucket."""
-    with bucket(project) as store:
-        return {found.key: bytes(store.get(found.key).data) for found in store.list(prefix)}
+    store = bucket(project)
+    return {found.key: bytes(store.get(found.key).data) for found in store.list(prefix)}
 
 
 def count(project: Project, prefix: str) -> int:
     """How many objects there are, without reading them."""
-    with bucket(project) as store:
-        return sum(1 for _ in store.list(prefix))
+    return sum(1 for _ in bucket(project).list(prefix))
 
 
 def record(project: Project, name: str, worker: Worker, kind: str = "restored") -> dict[str, Any]:
@@ -465,7 +462,7 @@ REFRESHED = """
 # refresh_worker = true
 # ///
 import sys
-from contextlib import contextmanager
+from functools import cache
 import numpy as np
 from coldstart import coldstart
 
