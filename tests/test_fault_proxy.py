@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import suppress
 from itertools import count, cycle
 from random import Random
@@ -247,10 +248,11 @@ def test_a_fault_that_stays_is_a_typed_error(way: Way, what: str) -> None:
 
 
 def test_a_burst_of_refusals_is_outlasted(way: Way) -> None:
-    """Every other request of all is refused for a while, with one status or another."""
-    numbers = count()
+    """Two of three requests for each object are refused for a while, with one status or another."""
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
     statuses = cycle((429, 503, 500, 408))
-    way.proxy.chance = lambda *_: Rule("refuse", status=next(statuses)) if next(numbers) % 2 else None
+    way.proxy.chance = lambda _, key: Rule("refuse", status=next(statuses)) if next(numbers[key]) % ATTEMPTS else None
+    way.fetched()
     for _ in range(3):
         way.fetched()
     assert way.store.counts.retries == len(way.proxy.struck) > 3
