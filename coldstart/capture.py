@@ -109,7 +109,7 @@ class Writing:
         self._layout = plan.layout([source.item for source in self._sources], parent=capture.parent)
         self._chunks = _Chunks(self._layout, self._sources)
         self._stopping = stopping or threading.Event()
-        terms = _terms(capture, self._layout, encoding)
+        terms = _terms(capture, self._layout, encoding, has_replicas=len(repository.store.stores) > 1)
         self.saver = open_saver(saving, terms, repository, self._stopping)
 
     def write(self, pace: Callable[[], None]) -> Written:
@@ -345,13 +345,14 @@ def is_lasting(segment: Segment) -> bool:
     return segment.kind == "weights" or segment.consumer not in (plan.EAGER, plan.BOTH)
 
 
-def _terms(capture: Capture, layout: Layout, encoding: Encoding) -> Terms:
+def _terms(capture: Capture, layout: Layout, encoding: Encoding, *, has_replicas: bool) -> Terms:
+    """The terms; with replicas, which may lack what the parent names, every chunk of the parent is looked for."""
     lengths = [extent.length_bytes for extent in layout.chunks]
     return Terms(
         codec=encoding.codec,
         level=encoding.level,
         known=plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {},
-        known_stays=_is_replaced(capture),
+        known_stays=_is_replaced(capture) and not has_replicas,
         relies_on_stored=not capture.mends,
         raw_bytes=sum(lengths),
         largest_bytes=max(lengths, default=0),

@@ -19,7 +19,7 @@ from random import random
 from typing import TYPE_CHECKING
 
 from coldstart.errors import BlobCorruptError, StateChangedError
-from coldstart.manifest import blob_key, manifest_to_json
+from coldstart.manifest import blob_key
 from coldstart.pipeline import Job, run_all
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def confirm(
     what is too old to rely on, StoreError.
     """
     lengths = new_blobs(manifest, replaced)
-    _check(repository, key, len(manifest_to_json(manifest)))
+    _check(repository, key, len(repository.manifest_bytes(manifest, key)))
     sample = _sampled(lengths, chance)
     jobs = [
         Job(length * (blob in sample), partial(_look_at, repository, blob, length, reads=blob in sample))

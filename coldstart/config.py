@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import setting_kinds as kinds
 from coldstart.errors import ConfigError
+from coldstart.recovery import MODES, STANDARD
 from coldstart.terms import MASK
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ _ADDRESS = kinds.text(
     "an address without credentials (file:///folder, /folder, s3://bucket/prefix, r2://bucket/prefix), or off",
     optional=False,
 )
+_REPLICA = r"(/[^,\x00-\x1f\x7f]*|[a-z][a-z0-9+.-]{0,30}://[^/@:,\x00- \x7f]*(/[^,\x00-\x1f\x7f]*)?)"
+_REPLICAS = kinds.text(f"{_REPLICA}(,{_REPLICA})*", "addresses without credentials, a comma between two")
 _FOLDER = kinds.text(kinds.PATH, "an absolute path", optional=False)
 _CACHE = kinds.text(kinds.PATH, "an absolute path")
 _DEVICE = kinds.text("auto|cpu|cuda(:[0-9]{1,2})?", "auto, cpu, cuda or cuda:<number>", optional=False)
@@ -86,6 +89,19 @@ _SECRET = kinds.text("[!-~]{1,16384}", "printable ASCII without spaces")
 
 SETTINGS: tuple[Setting, ...] = (
     _setting("store", _ADDRESS, "file://{cache}/coldstart", "where snapshots are kept; off: nowhere"),
+    _setting("store_replicas", _REPLICAS, "", "further stores that hold all snapshots too, the nearest first"),
+    _setting(
+        "store_copies",
+        kinds.whole(1, 16),
+        2,
+        "stores, the first among them, that must hold a generation before it is published; with replicas",
+    ),
+    _setting(
+        "recovery",
+        kinds.choice(*MODES),
+        STANDARD,
+        "how far a start may go when its snapshot cannot be used",
+    ),
     _setting("device", _DEVICE, "auto", "where the state lives; auto: cpu, the only one in this version"),
     _setting("fresh", kinds.flag(), False, "ignore snapshots at start and make a new one"),
     _setting(
@@ -165,6 +181,11 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("secret_access_key", _SECRET, "", "credential of the store", secret=True, also=("AWS_SECRET_ACCESS_KEY",)),
     _setting("session_token", _SECRET, "", "credential of the store", secret=True, also=("AWS_SESSION_TOKEN",)),
     _setting("r2_account_id", _ACCOUNT, "", "the Cloudflare account of r2:// addresses"),
+    _setting("replica_endpoint_url", _ENDPOINT, "", "the replicas' S3 endpoint; empty: the store's own"),
+    _setting("replica_region", _REGION, "", "the replicas' region; empty: the store's own"),
+    _setting("replica_access_key_id", _SECRET, "", "credential of the replicas; empty: the store's own", secret=True),
+    _setting("replica_secret_access_key", _SECRET, "", "credential of the replicas", secret=True),
+    _setting("replica_session_token", _SECRET, "", "credential of the replicas", secret=True),
     _setting(
         "trust_store",
         kinds.flag(),
@@ -195,6 +216,9 @@ class Settings(NamedTuple):
     """All settings with their values; what each means is its line in ``SETTINGS``. Texts that are not set are ""."""
 
     store: str
+    store_replicas: str
+    store_copies: int
+    recovery: str
     device: str
     fresh: bool
     progress: bool
@@ -226,6 +250,11 @@ class Settings(NamedTuple):
     secret_access_key: str
     session_token: str
     r2_account_id: str
+    replica_endpoint_url: str
+    replica_region: str
+    replica_access_key_id: str
+    replica_secret_access_key: str
+    replica_session_token: str
     trust_store: bool
     signatures: str
     verify_keys: str
@@ -261,6 +290,8 @@ def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings
     Raises ConfigError, naming the variable or argument, its value (masked if secret) and what is allowed.
     """
     environ = os.environ if environ is None else environ
+    if overrides.get("store") is not None and overrides.get("store_replicas") is None:
+        overrides["store_replicas"] = ""  # the environment's replicas are of the environment's store
     found = given(environ, **overrides)
     _check_credentials(found)
     _check_keys(found)

@@ -23,6 +23,7 @@ from coldstart.repository import Repository
 from coldstart.restore import Request, Restoration
 from coldstart.signing import seals_of
 from coldstart.stores import StoreOptions, open_store
+from coldstart.stores.base import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,6 +67,13 @@ class Opener:
         self._degraded = degraded
         self._lock = threading.Lock()
         self._repository: Repository | None = None
+        self._past = Tally()
+
+    @property
+    def tally(self) -> Tally:
+        """What the store has got over, in all its openings."""
+        with self._lock:
+            return self._past if self._repository is None else self._past + self._repository.store.tally
 
     def __call__(self) -> Repository:
         """The repository, opened if it was not. Raises StoreSetupError, and ConfigError for a signing key that cannot be read."""
@@ -83,6 +91,8 @@ class Opener:
         with self._lock:
             self._settings = settings or self._settings
             repository, self._repository = self._repository, None
+            if repository is not None:
+                self._past = self._past + repository.store.tally
         if close and repository is not None:
             repository.store.close()
 
@@ -236,5 +246,6 @@ def restoration_of(
         pinned=services.pinned.get(name, ""),
         programs=programs,
         fresh=settings.fresh,
+        recovery=settings.recovery,
     )
     return Restoration(request, services.bus)

@@ -29,6 +29,7 @@ QUIET = {
     "COLDSTART_LOG": "off",
     "COLDSTART_FRESH": "off",
     "COLDSTART_CACHE": "",
+    "COLDSTART_STORE_REPLICAS": "",
 }
 """An errand writes nothing: no generation, no record, no log; and it reads the store itself, not this host's copies."""
 

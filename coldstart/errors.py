@@ -34,6 +34,7 @@
     +-- StartError                a worker could not start
     |   +-- PhaseError            one phase of the start failed; names it
     |   +-- ForkError             the process forked before the worker was ready
+    |   +-- RecoveryError         a snapshot cannot be used, and the recovery mode allows no further step
     +-- DeviceError               a device is missing, or has no memory
     +-- CodecError                a frame is malformed, or a codec is unknown or not installed
     +-- DeployError               a platform's management API, or what it deploys
@@ -197,6 +198,10 @@ class PhaseError(StartError):
 
 class ForkError(StartError):
     """The process forked while the worker was starting."""
+
+
+class RecoveryError(StartError):
+    """A snapshot cannot be used, or there is none, and the recovery mode allows no further step."""
 
 
 class DeviceError(ColdstartError):

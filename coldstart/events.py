@@ -102,6 +102,14 @@ class FellBack(NamedTuple):
     reason: str
 
 
+class Recovered(NamedTuple):
+    """A start got over a failure: ``step`` is one of ``recovery.STEPS``, and ``reason`` what had gone wrong."""
+
+    name: str
+    step: str
+    reason: str
+
+
 class WorkerReady(NamedTuple):
     """The worker answers events from now on. ``kind`` is the start kind, ``seconds`` count from the process' start."""
 
@@ -239,6 +247,7 @@ if TYPE_CHECKING:
         | PhaseSlow
         | HookOverran
         | FellBack
+        | Recovered
         | WorkerReady
         | WorkerThawed
         | WorkerFailed

@@ -41,6 +41,7 @@ from coldstart.keys import key_from_functions
 from coldstart.program_start import NONE as NO_PROGRAMS
 from coldstart.program_start import eager_entries, in_place, load_calls, owners, stands_alone, unsuitable
 from coldstart.programs import backend_of
+from coldstart.recovery import LOAD, check_load
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 from coldstart.segments import keep_segments
 
@@ -171,6 +172,11 @@ class Parts:
         )
 
     @property
+    def recovery(self) -> str:
+        """How far down the order of recovery this start may go: a mode of ``coldstart.recovery``."""
+        return self._services.settings.recovery
+
+    @property
     def restored(self) -> list[FetchReport]:
         """How the parts that were restored were fetched."""
         return [part.restored.report for part in self.parts if part.restored and part.kind == "restored"]
@@ -211,6 +217,7 @@ class Parts:
     def _state_of(self, part: Part) -> Any:
         if part.restoration is None:
             part.reason = self.no_capture_reason
+            self._check_load(part)
             return self._load(part)
         try:
             restored = self._restore(part, part.restoration)
@@ -223,9 +230,19 @@ class Parts:
                 raise StateMismatchError(
                     f"the generation to be proven cannot be used: {part.reason}", snapshot=part.snapshot
                 )
-            return self._load(part)
+            self._check_load(part)
+            state = self._load(part)
+            if part.kind == "fallback":
+                self._services.bus.publish(events.Recovered(part.snapshot, LOAD, part.reason))
+            return state
         part.kind = "restored"
         return restored[0]
+
+    def _check_load(self, part: Part) -> None:
+        """Raise RecoveryError where the recovery mode does not let ``load`` run; who asked for a fresh start wants it to."""
+        settings = self._services.settings
+        if self._services.uses_store and not settings.fresh:
+            check_load(settings.recovery, failed=part.kind == "fallback", reason=part.reason, snapshot=part.snapshot)
 
     def _restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
         """The restored state in a tuple of one, or None when there is nothing to restore. Any error means: fall back."""

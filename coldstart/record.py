@@ -55,6 +55,7 @@ def start_record(
         "own_kind": parts.kind,
         "reason": parts.reason or (thaw.reason if thaw else ""),
         "recovered_by": _first(part.restored.recovered_by for part in parts.parts if part.restored),
+        "recovery": _recovery(parts),
         "rung": _first(
             part.restored.manifest.rung for part in parts.parts if part.restored and part.kind == "restored"
         ),
@@ -125,6 +126,25 @@ def _bytes(parts: Sequence[Part]) -> dict[str, int]:
         "raw": sum(item.manifest.raw_bytes for item in restored),
         "stored": sum(item.manifest.stored_bytes for item in restored),
         "fetched": sum(item.report.fetched_bytes for item in restored),
+    }
+
+
+def _recovery(parts: Parts) -> dict[str, Any]:
+    """What this start got over, and what is left to be mended.
+
+    ``failed_generations`` were tried in vain; ``pending`` lists their manifests, which ``coldstart snapshot verify`` looks
+    into, and counts the writes that replicas lack.
+    """
+    restored = [part.restored for part in parts.parts if part.restored]
+    failed = [key for part in parts.parts if part.restoration for key in part.restoration.failed]
+    tally = sum((item.report.tally for item in restored), parts.open_repository.tally)
+    return {
+        "mode": parts.recovery,
+        "failed_generations": len(failed),
+        "retried_requests": tally.retried_requests,
+        "retried_chunks": sum(item.report.retried_chunks for item in restored),
+        "replica_reads": tally.replica_reads,
+        "pending": {"generations": failed, "replica_writes": tally.behind},
     }
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import (
@@ -152,9 +153,20 @@ class Repository:
     def manifest(self, key: str, *, name: str, ahead: Reader | None = None) -> Manifest:
         """Read the manifest ``key``, which must be of snapshot ``name``. Its ``signature`` is "" unless it was verified.
 
-        Raises StoreError, ManifestError, and UntrustedError for one that the seals refuse.
+        Where the store's own is malformed or refused, a replica's is taken. Raises StoreError, ManifestError, and
+        UntrustedError for one that the seals refuse.
         """
-        data = self._get(key, ahead).data
+        try:
+            return self._judged(self._get(key, ahead).data, key, name)
+        except FormatVersionError:
+            raise
+        except (ManifestError, UntrustedError):
+            for copy in self.store.replica_copies(key):
+                with suppress(ManifestError, UntrustedError):
+                    return self._judged(copy, key, name)
+            raise
+
+    def _judged(self, data: bytes, key: str, name: str) -> Manifest:
         manifest = manifest_from_json(data)
         if manifest.name != name:
             raise ManifestError(
@@ -243,6 +255,10 @@ class Repository:
             return None
         return self.time.now() - info.modified_seconds if info.size_bytes == length_bytes else float("inf")
 
+    def manifest_bytes(self, manifest: Manifest, key: str) -> bytes:
+        """A manifest as it is stored under ``key``: signed if there is a key for that. Raises ConfigError."""
+        return manifest_to_json(self.seals.signed_manifest(manifest, key))
+
     def put_manifest(self, manifest: Manifest) -> str:
         """Store a manifest, signed if there is a key for that, under a fresh object key, and return this one.
 
@@ -250,7 +266,7 @@ class Repository:
         ConfigError where it cannot be signed.
         """
         key = manifest_key(manifest.name, manifest.generation, self._unique())
-        data = manifest_to_json(self.seals.signed_manifest(manifest, key))
+        data = self.manifest_bytes(manifest, key)
         manifest_from_json(data)
         self.store.put(key, data, if_absent=True)
         return key
@@ -306,7 +322,17 @@ class Repository:
         return ref_to_json(self.seals.signed_ref(ref))
 
     def _swap(self, key: str, data: bytes, etag: str) -> None:
+        if not self.store.capabilities.compare_and_swap and self._etag(key) != etag:
+            raise ConditionFailedError(
+                f"{key!r} has changed since it was read", key=key
+            )  # a late look, for want of better
         self.store.put(key, data, if_absent=not etag, if_match=etag or None)
+
+    def _etag(self, key: str) -> str:
+        try:
+            return self.store.get(key).etag
+        except ObjectMissingError:
+            return ""
 
     def _point_newest(self, ref: Ref) -> None:
         """Let ``refs/<name>/newest`` follow. A convenience for people: failing, or losing a race, loses nothing."""

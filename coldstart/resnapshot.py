@@ -206,9 +206,10 @@ class Resnapshot:
         while (self._policy != Policy() or self._postponed) and not self._stopping.wait(POLL_SECONDS):
             self._attempt_postponed()
             for condition in due:
-                if condition.is_met(self._served()):
+                served = self._served()  # what is served during the capture counts for the next
+                if condition.is_met(served):
                     self._attempt(condition.plan, self._make)
-                    condition.restart(self._served())
+                    condition.restart(served)
 
     def _attempt_postponed(self) -> None:
         now = time.monotonic()

@@ -6,7 +6,8 @@ A ``Restoration`` works from the moment it is made, in the shadow of whatever th
 2. a thread of its own reads ref and manifest, as the fetcher found them or from the store;
 3. if this host has the segments as flat files, they are mapped; else the arena is adopted from the fetcher or allocated,
    and the chunks are fetched into it, by that fetcher or the engine that is asked for;
-4. what fails is tried once more with the generation before it.
+4. what fails is tried once more with the generation before it, where the recovery mode lets it; a generation of which this
+   host knows that it was bad is tried last.
 
 It ends in one of three outcomes: Restored, Missing (there is no snapshot for the key) or Unusable (there is one, and
 neither it nor the generation before it could be read).
@@ -19,7 +20,15 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
-from coldstart.errors import ColdstartError, DeviceError, SnapshotError, StoreError, StoreTransientError
+from coldstart.errors import (
+    CodecError,
+    ColdstartError,
+    DeviceError,
+    ObjectMissingError,
+    SnapshotError,
+    StoreError,
+    StoreTransientError,
+)
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
 from coldstart.fetch.crew import Bounds
 from coldstart.frameworks import arrays, bind, rebuild
@@ -28,6 +37,8 @@ from coldstart.manifest import ref_key
 from coldstart.metrics import Span
 from coldstart.plan import needed
 from coldstart.programs.record import chosen, consumer_of
+from coldstart.quarantine import Quarantine
+from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
 from coldstart.segments import map_segments
 
 if TYPE_CHECKING:
@@ -67,13 +78,15 @@ class Request(NamedTuple):
     """Ids of the programs that this start can run and may, the preferred one first."""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
+    recovery: str = "standard"
+    """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
 
 
 class Restored(NamedTuple):
-    """A snapshot in memory, verified. ``recovered_by``: none, chunk_retry or previous_generation.
+    """A snapshot in memory, verified. ``recovered_by``: none, chunk_retry, replica or previous_generation.
 
     ``manifest`` is what was needed of the generation: with a ``program``, what that needs, else what the state needs.
-    ``reason``: why the current generation was not the one, in the last case.
+    ``reason``: why the current generation was not the one, in the last case. ``replica_reads``: objects that came from one.
     """
 
     manifest: Manifest
@@ -86,6 +99,7 @@ class Restored(NamedTuple):
     """The generation as it is stored, of which ``manifest`` may be a part."""
     program: Program | None = None
     reason: str = ""
+    replica_reads: int = 0
 
 
 class Missing(NamedTuple):
@@ -113,6 +127,8 @@ class Restoration:
         self.began_monotonic_seconds = time.monotonic()
         self.found_monotonic_seconds = 0.0
         self.ended_monotonic_seconds = 0.0
+        self.failed: list[str] = []
+        """Keys of the manifests that were tried in vain."""
         self._bus = bus
         self._manifest: Manifest | None = None
         self._program: Program | None = None
@@ -197,23 +213,43 @@ class Restoration:
         return self._try_generations(repository, lookup)
 
     def _try_generations(self, repository: Repository, lookup: Lookup) -> Outcome:
-        assert lookup.ref is not None
-        reasons: list[str] = []
-        for key, recovered_by in ((lookup.ref.manifest, "none"), (lookup.ref.previous_manifest, "previous_generation")):
-            if not key:
-                continue
+        quarantine = Quarantine(self.request.files_folder, repository.store.url)
+        keys, reasons = self._order(lookup, quarantine)
+        for key in keys:
             began = time.monotonic()
+            recovered_by = "none" if lookup.ref is None or key == lookup.ref.manifest else PREVIOUS_GENERATION
             try:
-                return self._fetch(repository, key, recovered_by, lookup)._replace(reason="; ".join(reasons))
-            except (StoreError, SnapshotError, DeviceError) as error:
+                restored = self._fetch(repository, key, recovered_by, lookup)._replace(reason="; ".join(reasons))
+            except (StoreError, SnapshotError, DeviceError, CodecError) as error:
                 reasons.append(_reason(error))
                 _let_go(error)
                 if self._cancelled.is_set():  # nobody wants the one before it either
                     break
+                self.failed.append(key)
+                if isinstance(error, (ObjectMissingError, SnapshotError, CodecError)):
+                    quarantine.note(key, reasons[-1])
                 self._bus.publish(events.FellBack(self.request.name, "generation", reasons[-1]))
                 if isinstance(error, StoreTransientError) and time.monotonic() - began > STALLED_SECONDS:
                     break
+            else:
+                if recovered_by != PREVIOUS_GENERATION:
+                    quarantine.clear(self.request.name)
+                else:
+                    quarantine.lift(key)
+                    self._bus.publish(events.Recovered(self.request.name, PREVIOUS_GENERATION, restored.reason))
+                return restored
         return Unusable("; ".join(reasons), lookup)
+
+    def _order(self, lookup: Lookup, quarantine: Quarantine) -> tuple[list[str], list[str]]:
+        """The manifests to try, one after another, and why the current one is not the first, if it is not."""
+        assert lookup.ref is not None
+        current, previous = lookup.ref.manifest, lookup.ref.previous_manifest
+        if not previous or not MODES[self.request.recovery].previous:
+            return [current], []
+        bad = quarantine.reason(current)
+        if not bad or quarantine.reason(previous):
+            return [current, previous], []
+        return [previous, current], [f"the current generation is in quarantine on this host: {bad}"]
 
     def _fetch(self, repository: Repository, key: str, recovered_by: str, lookup: Lookup | None) -> Restored:
         request = self.request
@@ -233,14 +269,28 @@ class Restoration:
                 request.name, manifest.generation, manifest.rung, manifest.raw_bytes, manifest.stored_bytes
             )
         )
+        before = repository.store.tally
         arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
         for reason in report.degraded:
             self._degrade(reason)
-        if report.retried_chunks and recovered_by == "none":
-            recovered_by = "chunk_retry"
-        return Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
+        replica_reads = (report.tally + repository.store.tally - before).replica_reads
+        step = self._step(report.retried_chunks, replica_reads)
+        if recovered_by == "none":
+            recovered_by = step
+        return Restored(manifest, key, arena, report, recovered_by, lookup, whole, program, replica_reads=replica_reads)
+
+    def _step(self, retried_chunks: int, replica_reads: int) -> str:
+        """What made the bytes of a generation whole, told to whoever subscribes."""
+        if replica_reads:
+            reason, step = f"{replica_reads} reads were answered by a replica", REPLICA
+        elif retried_chunks:
+            reason, step = f"{retried_chunks} chunks were altered, and right when read again", CHUNK_RETRY
+        else:
+            return "none"
+        self._bus.publish(events.Recovered(self.request.name, step, reason))
+        return step
 
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
@@ -296,6 +346,9 @@ class Restoration:
         request = self.request
         if request.device.type != "cpu" or request.pinned or request.fresh:
             return None
+        url = request.address.url if request.address else ""
+        if Quarantine(request.files_folder, url).has_notes(request.name):
+            return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)
         return look_ahead(request.address, wanted, bounds, engine=request.engine, programs=request.programs)

@@ -183,6 +183,15 @@ def no_workers_left() -> Iterator[None]:
         worker.forget_workers()
 
 
+@pytest.fixture(autouse=True)
+def nothing_known_of_servers() -> Iterator[None]:
+    """What a server of one test enforces says nothing about that of another, which may have the same address."""
+    yield
+    probing = sys.modules.get("coldstart.stores.probing")
+    if probing is not None:
+        probing.ProbingStore.forget()
+
+
 @pytest.fixture
 def forgotten_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Handler files that a test imports, and what importing them left in the import system, are forgotten after it."""

@@ -72,7 +72,7 @@ class CountingRepository(Repository):
 def outcome(address, repository, **options):
     """What a restoration ends with."""
     bus = events.EventBus()
-    request = Request("model", KEY, lambda: repository, CpuDevice(), 4, 1 << 24, "/nowhere", address)
+    request = Request("model", KEY, lambda: repository, CpuDevice(), 4, 1 << 24, "/dev/null/nowhere", address)
     return Restoration(request._replace(**options), bus).outcome()
 
 

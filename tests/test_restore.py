@@ -51,7 +51,7 @@ class World:
             "device": CpuDevice(),
             "threads": 2,
             "budget_bytes": 1 << 20,
-            "files_folder": "/nowhere",
+            "files_folder": "/dev/null/nowhere",
         }
         return Restoration(Request(**{**values, **options}), self.bus)
 

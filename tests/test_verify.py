@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coldstart.errors import AccessDeniedError, StoreTransientError
-from coldstart.manifest import blob_key
+from coldstart.errors import AccessDeniedError, StoreTransientError, UsageError
+from coldstart.manifest import blob_key, ref_key
 from coldstart.repository import Repository
 from coldstart.stores.memory import MemoryStore
+from coldstart.stores.replicated import Member, ReplicatedStore
 from coldstart.testing import Fault, FaultyStore
-from coldstart.verify import Finding, verify
+from coldstart.verify import LEVELS, Finding, repair, verify, verify_stores
 from tests.generations import capture_of, hash_of, manifest_of, stored_chunks, write
 
 PIECES = [[(os.urandom(5000), "raw"), (bytes(9000), "zstd")], [(b"third" * 700, "zstd"), (b"fourth", "raw")]]
@@ -147,3 +148,158 @@ def test_a_store_that_fails_is_no_finding(manifest, store, kind, error):
     """Who may not read, or cannot just now, does not know whether the snapshot is damaged."""
     with pytest.raises(error):
         list(verify(manifest, FaultyStore(store, [Fault(kind, "get", skip=1)])))
+
+
+# --- levels ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_misses_no_blob(manifest, store, level):
+    """A blob that is missing or has another length is found by each, with one look at most at every chunk."""
+    store.delete(blob_key(manifest.chunks[2].blob))
+    store.put(blob_key(manifest.chunks[0].blob), b"short")
+    watched = FaultyStore(store)
+    assert [finding.chunk for finding in verify(manifest, watched, level=level)] == [0, 2]
+    assert len(watched.calls) == len(manifest.chunks)
+
+
+def test_structure_reads_no_bytes(manifest, store):
+    """It asks for lengths alone, so altered bytes are not its business."""
+    key = blob_key(manifest.chunks[0].blob)
+    store.put(key, bytes(len(store.get(key).data)))
+    watched = FaultyStore(store)
+    assert list(verify(manifest, watched, level="structure")) == []
+    assert {call.operation for call in watched.calls} == {"head"}
+
+
+def many(store, count=400):
+    """A generation of many chunks in one segment, all raw but the last."""
+    pieces = [(bytes([index % 251, index // 251]) * 50, "raw") for index in range(count - 1)]
+    return stored_chunks(store, [[*pieces, (bytes(5000), "zstd")]])
+
+
+def test_a_sample_is_a_part_with_each_codec_in_it(store):
+    """About a twentieth is read, drawn anew each time, and of a codec that one chunk alone has that chunk."""
+    manifest = many(store)
+    reads = []
+    for _ in range(3):
+        watched = FaultyStore(store)
+        assert list(verify(manifest, watched, level="sample")) == []
+        reads.append({call.key for call in watched.calls if call.operation == "get"})
+    assert all(2 <= len(read) <= 80 for read in reads)
+    assert all(blob_key(manifest.chunks[-1].blob) in read for read in reads)
+    assert len(set(map(frozenset, reads))) == 3
+
+
+def test_what_is_in_the_sample_is_looked_at_wholly(manifest, store):
+    """Altered bytes of a chunk in the sample are found, those of another are not; the choice is the caller's."""
+    for chunk in manifest.chunks[:2]:
+        key = blob_key(chunk.blob)
+        store.put(key, bytes(len(store.get(key).data)))
+    kinds = [(chunk.segment, chunk.codec) for chunk in manifest.chunks]
+    assert len(set(kinds)) == 4, "one of each is always read"
+    doubled = manifest._replace(chunks=manifest.chunks + manifest.chunks)
+    found = verify(doubled, store, level="sample", choose=lambda index: 0.9 if index < 4 else 0.5)
+    assert [finding.chunk for finding in found] == [4, 5]
+    found = verify(doubled, store, level="sample", choose=lambda index: 0.0 if index == 1 else 0.5)
+    assert [finding.chunk for finding in found] == [0, 1]
+
+
+def test_a_level_that_there_is_not(manifest, store):
+    """A misspelt level verifies nothing and says so."""
+    with pytest.raises(UsageError, match="none of structure, sample, full"):
+        list(verify(manifest, store, level="some"))
+
+
+# --- several stores ---------------------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A primary and a replica that hold one published generation."""
+
+    def __init__(self):
+        self.stores = [MemoryStore(), MemoryStore()]
+        self.joined = ReplicatedStore([Member(store, store) for store in self.stores])
+        repository = Repository(self.joined)
+        written = write(capture_of({"w": np.arange(50_000), "b": np.zeros(3)}), repository)
+        lookup = repository.look_up("model", written.manifest.key)
+        self.ref = repository.publish(written.manifest, written.manifest_key, replaces=lookup)
+        self.manifest = written.manifest
+        self.blob = blob_key(self.manifest.chunks[0].blob)
+
+    def places(self, level="full"):
+        return list(verify_stores(self.manifest, self.ref.manifest, self.joined, level=level))
+
+    def contents(self):
+        return [{info.key: store.get(info.key).data for info in store.list("")} for store in self.stores]
+
+
+DAMAGES = {
+    "blob missing": lambda pair, store: store.delete(pair.blob),
+    "blob altered": lambda pair, store: store.put(pair.blob, bytes(len(store.get(pair.blob).data))),
+    "blob shorter": lambda pair, store: store.put(pair.blob, b"short"),
+    "manifest missing": lambda pair, store: store.delete(pair.ref.manifest),
+    "manifest altered": lambda pair, store: store.put(pair.ref.manifest, b"{}"),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["primary", "replica"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_found_where_it_is_and_mended_from_the_other(damage, number):
+    """Whichever store it befell; afterwards both hold what they held before, and nothing is found."""
+    pair = Pair()
+    assert pair.places() == []
+    before = pair.contents()
+    damage(pair, pair.stores[number])
+    places = pair.places()
+    assert [place.store for place in places] == [number]
+    assert list(repair(pair.manifest, pair.joined, places)) == []
+    assert pair.contents() == before
+    assert pair.places() == []
+
+
+@pytest.mark.parametrize("stale", [b"{}", None], ids=["another", "missing"])
+def test_a_replicas_ref_follows_the_primarys(stale):
+    """A replica that is behind is found at every level, and gets the primary's ref; the primary's is never touched."""
+    pair = Pair()
+    key = ref_key("model", pair.manifest.key.digest)
+    before = pair.stores[0].get(key).data
+    pair.stores[1].delete(key) if stale is None else pair.stores[1].put(key, stale)
+    for level in LEVELS:
+        (place,) = pair.places(level)
+        assert (place.store, place.key) == (1, key)
+    assert list(repair(pair.manifest, pair.joined, [place])) == []
+    assert [store.get(key).data for store in pair.stores] == [before] * 2
+
+
+def test_a_replica_that_cannot_be_mended_keeps_its_ref():
+    """Its ref is not moved to a generation that it does not hold wholly."""
+    pair = Pair()
+    key = ref_key("model", pair.manifest.key.digest)
+    pair.stores[1].put(key, b"older")
+    for store in pair.stores:
+        store.put(pair.blob, b"wrong")
+    left = list(repair(pair.manifest, pair.joined, pair.places()))
+    assert {(place.store, place.key) for place in left} == {(0, pair.blob), (1, pair.blob), (1, key)}
+    assert pair.stores[1].get(key).data == b"older"
+
+
+def test_what_is_wrong_everywhere_stays_a_finding():
+    """A copy is made of nothing but right bytes: then the store is left as it is."""
+    pair = Pair()
+    for store in pair.stores:
+        store.put(pair.blob, b"wrong")
+    before = pair.contents()
+    places = pair.places()
+    assert list(repair(pair.manifest, pair.joined, places)) == places
+    assert len(places) == 2
+    assert pair.contents() == before
+
+
+def test_a_lone_store_has_nothing_to_be_mended_from():
+    """Without replicas findings stay findings."""
+    store = MemoryStore()
+    manifest = stored_chunks(store, PIECES)
+    store.delete(blob_key(manifest.chunks[0].blob))
+    places = [place for place in verify_stores(manifest, "manifests/m/000001-a", store) if place.finding.chunk == 0]
+    assert list(repair(manifest, store, places)) == places

@@ -63,7 +63,8 @@ def environment_of(scenario: str, folder: Path) -> dict[str, str]:
     """The environment of one trial, with store and restored files below ``folder``, which is this round's own."""
     store = "off" if scenario in (ORDINARY, NAIVE) else f"file://{folder / 'store'}"
     files = str(folder / f"files-{scenario}")
-    variables = {"COLDSTART_STORE": store, "COLDSTART_FILES_FOLDER": files}
+    variables: dict[str, str | None] = {"COLDSTART_STORE": store, "COLDSTART_FILES_FOLDER": files}
+    variables["COLDSTART_STORE_REPLICAS"] = None
     if scenario == FIRST:
         variables["COLDSTART_CAPTURE_WAIT_SECONDS"] = str(TIMEOUT_SECONDS)  # a program takes minutes to make
     if scenario == RESTORED:

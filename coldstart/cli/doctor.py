@@ -10,7 +10,10 @@ from coldstart.errors import ColdstartError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    from coldstart.recovery import Mode
+    from coldstart.stores.base import Store
 
 PACKAGES = (
     ("blake3", "", "content addresses"),
@@ -120,49 +123,47 @@ def _device() -> Iterator[Finding]:
 def _store() -> Iterator[Finding]:
     from coldstart.config import load
     from coldstart.early import Opener
+    from coldstart.recovery import MODES
 
     settings = load()
     if not settings.has_store:
         yield Finding("store", "note", "off: every start runs load")
         return
+    mode = MODES[settings.recovery]
     store = Opener(settings)().store
-    yield from _probe(store.url, store)
+    for number, each in enumerate(store.stores):
+        yield from _probe(f"replica {number}" if number else "store", each)
+    yield Finding("recovery", "ok", f"{settings.recovery}: {_steps(mode, replicas=len(store.stores) - 1)}")
 
 
-def _probe(url: str, store: Any) -> Iterator[Finding]:
-    """Try what a worker needs of the store, with one small object that is deleted again."""
-    import os
-
-    from coldstart.errors import ConditionFailedError
-
-    key = f"probes/{os.urandom(8).hex()}"
-    etag = store.put(key, b"coldstart doctor", if_absent=True)
-    try:
-        yield Finding("store", "ok", f"{url}: writable, readable")
-        part = bytearray(4)
-        store.read_into(key, memoryview(part), offset_bytes=5)
-        right = part == b"tart"
-        ranges = (
-            "right" if right else "answered with other bytes, so nothing can be restored from it: use another store"
-        )
-        yield Finding("store", "ok" if right else "problem", f"ranges: {ranges}")
-        create = _refuses(lambda: store.put(key, b"again", if_absent=True), ConditionFailedError)
-        swap = _refuses(lambda: store.put(key, b"again", if_match=etag[::-1] + "0"), ConditionFailedError)
-        for name, holds in (("create-if-absent", create), ("compare-and-swap", swap)):
-            state = "ok" if holds else "note"
-            yield Finding(
-                "store", state, f"{name}: {'enforced' if holds else 'NOT enforced: two writers may undo each other'}"
-            )
-    finally:
-        store.delete(key)
+def _steps(mode: Mode, *, replicas: int) -> str:
+    """What a start does when its snapshot cannot be used, in the order in which it does it."""
+    allowed = (mode.replicas and replicas, mode.previous, mode.loads)
+    words = ("a replica", "the previous generation", "load")
+    steps = ["the chunk again", *(word for word, may in zip(words, allowed, strict=True) if may)]
+    return ", ".join(steps) + ("" if mode.loads else "; then the start fails")
 
 
-def _refuses(attempt: Callable[[], Any], error: type[Exception]) -> bool:
-    try:
-        attempt()
-    except error:
-        return True
-    return False
+def _probe(topic: str, store: Store) -> Iterator[Finding]:
+    """Try what a worker needs of a store, with one small object that is deleted again."""
+    from coldstart.stores.probing import MOST_SKEW_SECONDS, probe
+
+    found = probe(store)
+    yield Finding(topic, "ok", f"{store.url}: writable, readable")
+    if found.capabilities.ranges:
+        yield Finding(topic, "ok", "ranges: right")
+    else:
+        text = "ranges: answered with other bytes, so nothing can be restored from it: use another store"
+        yield Finding(topic, "problem", text)
+    creates, swaps = found.capabilities.create_if_absent, found.capabilities.compare_and_swap
+    for name, holds in (("create-if-absent", creates), ("compare-and-swap", swaps)):
+        text = "enforced" if holds else "NOT enforced: two writers may undo each other"
+        yield Finding(topic, "ok" if holds else "note", f"{name}: {text}")
+    ahead = "ahead of" if found.skew_seconds > 0 else "behind"
+    skew = f"{store.url} is {abs(found.skew_seconds):.0f} s {ahead} this machine"
+    is_right = abs(found.skew_seconds) <= MOST_SKEW_SECONDS
+    text = skew if is_right else f"{skew}: set this machine's clock, a store refuses signatures from 900 s on"
+    yield Finding("clock", "ok" if is_right else "problem", text)
 
 
 def _cache() -> Iterator[Finding]:

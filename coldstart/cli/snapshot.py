@@ -12,9 +12,12 @@ from coldstart.errors import ConfigError, ManifestError, ObjectMissingError, Sna
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from coldstart.manifest import Manifest, Ref
     from coldstart.repository import Repository
+    from coldstart.stores.base import Store
+    from coldstart.verify import Place
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,13 +27,21 @@ def add_parser(subparsers: Any) -> None:
     for name, text, action in (
         ("list", "every snapshot with its current generation", _list),
         ("show", "one snapshot: its buffers, files, chunks, key", _show),
-        ("verify", "read, hash and decode every chunk", _verify),
+        ("verify", "look whether a snapshot is whole, in the store and in each of its replicas", _verify),
         ("delete", "delete a snapshot; its blobs are left to the collector", _delete),
     ):
         one = actions.add_parser(name, help=text)
         if name != "list":
             one.add_argument("name", metavar="NAME", help="the snapshot's name")
             one.add_argument("--key", help="only this key (or its first digits); default: the newest, for delete all")
+        if name == "verify":
+            one.add_argument(
+                "--level",
+                choices=("structure", "sample", "full"),
+                default="full",
+                help="is everything there; that, and some chunks read, hashed and decoded; or all of them (default)",
+            )
+            one.add_argument("--repair", action="store_true", help="mend what is wrong from a store that has it right")
         if name == "delete":
             one.add_argument("--yes", action="store_true", help="do not ask")
         one.set_defaults(act=action)
@@ -146,19 +157,46 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace, repository: Repository) -> int:
-    from coldstart.verify import verify
+    from coldstart.verify import NO_CHUNK, repair, verify_stores
 
     ref = _chosen(options, repository)
     manifest = repository.manifest(ref.manifest, name=ref.name)
-    findings = [finding._asdict() for finding in verify(manifest, repository.store)]
+    stores = repository.store.stores
+    places = list(verify_stores(manifest, ref.manifest, repository.store, level=options.level))
+    found = len(places)
+    if options.repair and places:
+        places = list(repair(manifest, repository.store, places))
+    if not places:
+        _lift_quarantine(options, repository, ref)
     if options.json:
-        print(json.dumps({"name": ref.name, "generation": ref.generation, "findings": findings}))
-    else:
-        for finding in findings:
-            print(f"chunk {finding['chunk']} ({finding['blob'][:12]}): {finding['problem']}")
-        good = len(manifest.chunks) - len(findings)
-        print(f"{ref.name} generation {ref.generation}: {good} of {len(manifest.chunks)} chunks are right")
-    return 1 if findings else 0
+        findings = [{"store": stores[place.store].url, **place.finding._asdict()} for place in places]
+        document = {"name": ref.name, "generation": ref.generation, "level": options.level, "findings": findings}
+        print(json.dumps({**document, "repaired": found - len(places)}))
+        return 1 if places else 0
+    for place in places:
+        where = f"{stores[place.store].url}: " if len(stores) > 1 else ""
+        chunk, blob, problem = place.finding
+        print(f"{where}{problem}" if chunk == NO_CHUNK else f"{where}chunk {chunk} ({blob[:12]}): {problem}")
+    if found > len(places):
+        print(f"mended {found - len(places)} of {found}")
+    _summarise(ref, manifest, [place for place in places if place.finding.chunk != NO_CHUNK], stores)
+    return 1 if places else 0
+
+
+def _summarise(ref: Ref, manifest: Manifest, wrong: Sequence[Place], stores: Sequence[Store]) -> None:
+    for number, store in enumerate(stores):
+        good = len(manifest.chunks) - sum(place.store == number for place in wrong)
+        where = f" in {store.url}" if len(stores) > 1 else ""
+        print(f"{ref.name} generation {ref.generation}{where}: {good} of {len(manifest.chunks)} chunks are right")
+
+
+def _lift_quarantine(options: argparse.Namespace, repository: Repository, ref: Ref) -> None:
+    """What has just been found good is tried first again on this host; lengths alone are too little to say so."""
+    from coldstart.config import load
+    from coldstart.quarantine import Quarantine
+
+    if options.level != "structure":
+        Quarantine(load(store=options.store).files_folder, repository.store.url).lift(ref.manifest)
 
 
 def _delete(options: argparse.Namespace, repository: Repository) -> int:

@@ -13,23 +13,34 @@ if TYPE_CHECKING:
     from coldstart.deploy.shape import HandlerShape
     from coldstart.script import Script
 
+_PLACE_FIELDS = ("endpoint_url", "region", "access_key_id", "secret_access_key", "session_token")
 STORE_FIELDS = frozenset(
     (
-        *("store", "endpoint_url", "region", "access_key_id", "secret_access_key", "session_token", "r2_account_id"),
+        *("store", "r2_account_id", "store_replicas", "store_copies", "recovery"),
+        *_PLACE_FIELDS,
+        *(f"replica_{field}" for field in _PLACE_FIELDS),
         *("trust_store", "signatures", "verify_keys", "signing_key", "minimum_generation"),
     )
 )
+_REMOTE = ("s3://", "r2://")
+_REPLICAS = "COLDSTART_STORE_REPLICAS"
 
 
 def store_variables(environment: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
-    """The store's settings under coldstart's own names, and which of them are secret. Raises ConfigError."""
+    """The store's settings under coldstart's own names, and which of them are secret. Raises ConfigError.
+
+    Of its replicas those that workers elsewhere can reach.
+    """
     found = config.given(environment)
     settings = [setting for setting in config.SETTINGS if setting.field in STORE_FIELDS & found.keys()]
     for setting in settings:
         config.read(setting, found[setting.field])
     variables = {setting.variable: found[setting.field].text for setting in settings}
-    if not variables.get("COLDSTART_STORE", "").startswith(("s3://", "r2://")):
+    if not variables.get("COLDSTART_STORE", "").startswith(_REMOTE):
         return {name: text for name, text in variables.items() if name == "COLDSTART_STORE"}, set()
+    remote = [each for each in variables.pop(_REPLICAS, "").split(",") if each.startswith(_REMOTE)]
+    if remote:
+        variables[_REPLICAS] = ",".join(remote)
     return variables, {setting.variable for setting in settings if setting.secret}
 
 

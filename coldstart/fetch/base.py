@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from coldstart.stores.base import Tally
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -70,6 +72,8 @@ class FetchReport(NamedTuple):
     reads: int = 0
     degraded: tuple[str, ...] = ()
     """What a store opened for this fetch had to give up, such as its local cache."""
+    tally: Tally = Tally()
+    """What stores that other processes opened for this fetch have got over."""
 
 
 class Fetch(ABC):

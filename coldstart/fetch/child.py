@@ -46,7 +46,7 @@ def main() -> None:
             outcome = _look_up_and_fetch(outbox, inbox, task, store)
         else:
             outcome = _fetch(outbox, task, manifest_from_json(task["manifest"].encode()), store, descriptors)
-        outbox.say({**outcome, "degraded": degraded})
+        outbox.say({**outcome, "degraded": degraded, "tally": list(store.tally)})
     except ColdstartError as error:
         outbox.say(told(error))
     outbox.leave()

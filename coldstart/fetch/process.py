@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from coldstart import children
@@ -29,6 +30,7 @@ from coldstart.fetch.crew import Bounds, queue_of, share_of
 from coldstart.fetch.threads import start_threads
 from coldstart.manifest import manifest_to_json
 from coldstart.plan import fetch_order
+from coldstart.stores.base import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -217,6 +219,7 @@ class _ProcessFetch(Fetch):
             max(answer["ended_monotonic_seconds"] for answer in answers),
             sum(answer["reads"] for answer in answers),
             tuple(dict.fromkeys(reason for answer in answers for reason in answer["degraded"])),
+            reduce(Tally.__add__, (Tally(*answer["tally"]) for answer in answers), Tally()),
         )
 
 

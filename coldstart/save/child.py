@@ -136,7 +136,8 @@ class _Work:
         return {"raw_hash": hash_of(self._raw(head))}
 
     def _put(self, head: dict[str, Any], data: bytes) -> dict[str, Any]:
-        return {"etag": self._store.put(head["key"], data, if_absent=head["if_absent"], if_match=head["if_match"])}
+        etag = self._store.put(head["key"], data, if_absent=head["if_absent"], if_match=head["if_match"])
+        return {"etag": etag, "capabilities": list(self._store.capabilities)}
 
     def _raw(self, head: dict[str, Any]) -> memoryview:
         return self._ring[head["offset_bytes"] : head["offset_bytes"] + head["length_bytes"]]

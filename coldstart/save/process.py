@@ -23,7 +23,7 @@ from coldstart.errors import CaptureError, ColdstartError, ObjectMissingError
 from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
 from coldstart.save.here import gathered, save_here
 from coldstart.save.stage import hash_of
-from coldstart.stores.base import StoreWrapper
+from coldstart.stores.base import Capabilities, StoreWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +64,7 @@ def save_in_process(saving: Saving, terms: Terms, repository: Repository, stoppi
 
 class _Process(Saver):
     def __init__(self, saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> None:
+        self._store = repository.store
         self._repository = repository.through(_WritingStore(self, repository.store))
         self._stopping = stopping
         reason = "the saver process ended early"
@@ -129,6 +130,7 @@ class _Process(Saver):
             return None
         if "error" in answer:
             raise children.error_of(answer, CaptureError)
+        self._store.learn(Capabilities(*answer["capabilities"]))
         return str(answer["etag"])
 
     def stop(self) -> None:

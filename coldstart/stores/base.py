@@ -25,12 +25,16 @@ import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.errors import StoreSetupError
+from coldstart.errors import BlobCorruptError, StoreSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _KEY = re.compile(r"[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}(/[A-Za-z0-9_=-][A-Za-z0-9._=-]{0,200}){0,15}\Z")
+
+
+MAX_OBJECT_BYTES = 80 << 20
+"""More than any object of ours has: a chunk of 64 MiB that did not shrink. A store's ``get`` takes no larger one into memory."""
 
 
 class Capabilities(NamedTuple):
@@ -40,6 +44,23 @@ class Capabilities(NamedTuple):
     compare_and_swap: bool
     ranges: bool
     atomic_put: bool = True
+
+
+class Tally(NamedTuple):
+    """What a store has got over since it was opened: requests that were sent again, and reads that a replica answered.
+
+    ``behind``: writes that a replica lacks since then, which ``coldstart snapshot verify --repair`` brings it.
+    """
+
+    retried_requests: int = 0
+    replica_reads: int = 0
+    behind: int = 0
+
+    def __add__(self, other: Tally) -> Tally:  # type: ignore[override]  # sums of tallies, not longer tuples
+        return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def __sub__(self, other: Tally) -> Tally:
+        return Tally(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class ObjectInfo(NamedTuple):
@@ -70,9 +91,27 @@ class Store(ABC):
     def capabilities(self) -> Capabilities:
         """What this store enforces."""
 
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The stores that hold the same objects, the deciding one first: itself alone, unless it has replicas."""
+        return (self,)
+
+    @property
+    def tally(self) -> Tally:
+        """What it has got over so far."""
+        return Tally()
+
+    def learn(self, capabilities: Capabilities) -> None:  # noqa: B027  an optional hook: most stores know themselves
+        """Take over what another opening of this store has found out about it."""
+
+    def replica_copies(self, key: str) -> Iterator[bytes]:
+        """What replicas hold of an object, for whoever found the store's own to be wrong. Leaves out what cannot be read."""
+        check_key(key)
+        return iter(())
+
     @abstractmethod
     def get(self, key: str) -> StoredObject:
-        """Read a whole object. Raises ObjectMissingError."""
+        """Read a whole object. Raises ObjectMissingError, and BlobCorruptError for one of more than MAX_OBJECT_BYTES."""
 
     @abstractmethod
     def read_into(self, key: str, target: memoryview, *, offset_bytes: int = 0) -> None:
@@ -121,6 +160,25 @@ class StoreWrapper(Store):
         """The wrapped store's."""
         return self._store.capabilities
 
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """Those that the wrapped store joins, or itself alone."""
+        joined = self._store.stores
+        return joined if len(joined) > 1 else (self,)
+
+    @property
+    def tally(self) -> Tally:
+        """The wrapped store's."""
+        return self._store.tally
+
+    def learn(self, capabilities: Capabilities) -> None:
+        """Tell the wrapped store."""
+        self._store.learn(capabilities)
+
+    def replica_copies(self, key: str) -> Iterator[bytes]:
+        """Of the wrapped store."""
+        return self._store.replica_copies(key)
+
     def get(self, key: str) -> StoredObject:
         """As the wrapped store."""
         return self._store.get(key)
@@ -155,6 +213,15 @@ def innermost(store: Store) -> Store:
     while isinstance(store, StoreWrapper):
         store = store._store  # noqa: SLF001  a wrapper's own
     return store
+
+
+def check_size(key: str, size_bytes: int) -> None:
+    """Raise BlobCorruptError for an object that is larger than any of ours, before it is taken into memory."""
+    if size_bytes > MAX_OBJECT_BYTES:
+        raise BlobCorruptError(
+            f"{key!r} has {size_bytes} bytes, more than the {MAX_OBJECT_BYTES} that any object of a snapshot has",
+            key=key,
+        )
 
 
 def check_key(key: str) -> str:

@@ -61,6 +61,10 @@ class Limits(NamedTuple):
     look_seconds: float = 0.5
 
 
+BRIEF_LIMITS = Limits(connect_seconds=2.0, answer_seconds=3.0, silence_seconds=3.0)
+"""For a read that another store can answer too: long enough for a hedge at 2.5 s to have been asked, not to have won."""
+
+
 class Answer:
     """The answer to a request: its head is read when it is made, its body when the caller says where to.
 

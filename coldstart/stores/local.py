@@ -39,7 +39,7 @@ from coldstart.errors import (
     StoreSetupError,
     StoreTransientError,
 )
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
+from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key, check_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -245,6 +245,7 @@ def _opened(path: str) -> Iterator[int]:
 
 def _read(path: str) -> bytes:
     with _opened(path) as file:
+        check_size(os.path.basename(path), os.fstat(file).st_size)
         return FileIO(file, closefd=False).readall()
 
 

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from coldstart.errors import ConditionFailedError, ObjectMissingError, StoreError, StoreTransientError
-from coldstart.stores.base import ObjectInfo, Store, StoredObject, StoreWrapper
+from coldstart.stores.base import ObjectInfo, Store, StoredObject, StoreWrapper, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,6 +71,10 @@ class RetryPolicy(NamedTuple):
     deadline_seconds: float = 30.0
 
 
+BRIEF_POLICY = RetryPolicy(attempts=2, deadline_seconds=2.0)
+"""For a read that another store can answer too."""
+
+
 class RetryCounts(NamedTuple):
     """What a store's wrapper has done so far: ``retries`` of the ``attempts`` repeated an earlier one."""
 
@@ -102,6 +106,11 @@ class RetryingStore(StoreWrapper):
         """Attempts and retries of all operations so far."""
         with self._lock:
             return RetryCounts(self._attempts, self._retries)
+
+    @property
+    def tally(self) -> Tally:
+        """The wrapped store's, with the retries."""
+        return self._store.tally + Tally(retried_requests=self.counts.retries)
 
     def get(self, key: str) -> StoredObject:
         """As the wrapped store, repeated."""

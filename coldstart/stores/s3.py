@@ -27,7 +27,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import BlobCorruptError, ObjectMissingError, StoreError, StoreSetupError, StoreTransientError
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
+from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key, check_size
 from coldstart.stores.s3_errors import failure, refusal, unreachable, unusable
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class S3Store(Store):
         with self._mapped(key):
             answer = self._client.get_object(**self._object(key))
             with closing(answer["Body"]) as body:
+                check_size(key, answer.get("ContentLength") or 0)
                 data: bytes = body.read()
         if len(data) != answer.get("ContentLength"):
             raise StoreTransientError(

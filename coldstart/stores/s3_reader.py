@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from coldstart.config import read_variable
 from coldstart.errors import BlobCorruptError, StoreError, StoreSetupError, StoreTransientError
-from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key
+from coldstart.stores.base import Capabilities, ObjectInfo, Store, StoredObject, check_key, check_size
 from coldstart.stores.hedging import HedgeCounts, HedgePolicy, Hedger
 from coldstart.stores.http1 import Endpoint, Http, Watch, endpoint_of
 from coldstart.stores.http1_answer import Limits
@@ -121,6 +121,7 @@ class S3Reader:
                     "a proxy or cache in between may do that",
                     key=key,
                 )
+            check_size(key, length_bytes)
             etag = answer.headers.get("etag", "")
             if not etag:
                 raise StoreTransientError(f"{self.url} answered without an ETag for {key!r}", key=key)

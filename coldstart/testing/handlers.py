@@ -51,6 +51,7 @@ def check(handler: Handler[Any, Any] | type, *, inputs: Sequence[Any]) -> CheckR
     with tempfile.TemporaryDirectory(prefix="coldstart-check-") as folder:
         changes = {
             "COLDSTART_STORE": f"file://{folder}/store",
+            "COLDSTART_STORE_REPLICAS": None,
             "COLDSTART_FILES_FOLDER": f"{folder}/files",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             **_PLAIN,

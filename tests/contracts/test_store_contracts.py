@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 
@@ -11,10 +12,13 @@ from coldstart.stores.cached import CachedStore
 from coldstart.stores.local import LocalStore
 from coldstart.stores.location import locate
 from coldstart.stores.memory import MemoryStore
+from coldstart.stores.probing import ProbingStore
+from coldstart.stores.replicated import Member, ReplicatedStore
 from coldstart.stores.retrying import RetryingStore
 from coldstart.stores.s3 import S3Store
 from coldstart.stores.s3_reader import ReadingS3Store
 from coldstart.testing import FakeClock, Fault, FaultyStore, LatencyStore, StoreContract
+from tests.ignoring_store import Ignoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -117,6 +121,54 @@ class TestCachedWithoutItsFolder(StoreContract):
     def store(self, tmp_path: Path) -> Store:
         (tmp_path / "file").touch()
         return CachedStore(MemoryStore(), str(tmp_path / "file"), limit_bytes=10_000)
+
+
+def replicated(*stores: Store, **options: Any) -> Store:
+    """One store of several."""
+    return ReplicatedStore([Member(store, store) for store in stores], **options)
+
+
+class TestReplicated(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return replicated(MemoryStore(), MemoryStore())
+
+
+class TestReplicatedWithAReplicaThatIsDown(StoreContract):
+    """What one store of two does not take, the other has; it is written on purpose with a single copy."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        down = FaultyStore(MemoryStore(), [Fault("transient_before", "put", times=None)])
+        return replicated(MemoryStore(), down, copies=1)
+
+
+class TestReplicatedOfPrimaryWithoutClaims(StoreContract):
+    """The primary's claims are those of all."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        bare = Capabilities(create_if_absent=False, compare_and_swap=False, ranges=True)
+        return replicated(MemoryStore(capabilities=bare), MemoryStore())
+
+
+class TestProbing(StoreContract):
+    """A store that keeps what it claims, found out by the first conditional write."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        return ProbingStore(MemoryStore(), identity=uuid4().hex)
+
+
+class TestProbingOfAServerThatIgnoresConditions(StoreContract):
+    """A store that claims all and enforces nothing, as it is known after the first conditional write."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        store = ProbingStore(Ignoring(MemoryStore()), identity=uuid4().hex)
+        store.put("first", b"", if_absent=True)
+        store.delete("first")
+        return store
 
 
 class TestFaultyWithoutFaults(StoreContract):

@@ -430,6 +430,7 @@ def test_blob_that_stays_wrong(generations: Generations, faulty: Project, wrong:
     assert (done.record["generation"], done.output) == (1, generations.old)
     assert done.reason.startswith(f"{error}: ")
     assert generations.own in done.reason
+    faulty.environment["COLDSTART_FILES_FOLDER"] += "-of-another-host"  # without its notes about the current generation
     with FaultyServer(generations.project.store, faults_of(generations.shared)) as server:
         done = start(faulty, *ARENAS, **server.environment)
     assert (done.kind, done.output) == ("fallback", [*generations.new, 0])

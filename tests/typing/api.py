@@ -154,7 +154,7 @@ coldstart("x", load=load, policy={"after_events": 1})  # type: ignore[call-overl
 coldstart("x", load=load, program=True)  # type: ignore[call-overload]
 coldstart("x", load=load, program="encoder")  # type: ignore[call-overload]
 export(3)  # type: ignore[arg-type]
-export("", {})  # type: ignore[call-arg]
+export("", {})  # type: ignore[call-arg, call-arg]
 export(backend=1)  # type: ignore[arg-type]
 export(tolerance={"float32": "tight"})  # type: ignore[dict-item]
 coldstart("x", load)  # type: ignore[call-overload]
