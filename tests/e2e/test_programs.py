@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,18 @@ def test_runtime(net: Project, answer: Any, files: dict[str, str], said: str) ->
     assert [finding["state"] for finding in found.document if said in finding["text"]] == ["note"]  # type: ignore[index]
 
 
+def test_runtime_that_cannot_be_imported(net: Project, answer: Any) -> None:
+    """A runtime of the right version that fails to import is told in its own words, and the state is restored."""
+    net.write(
+        f'__version__ = "{version("onnxruntime")}"\nraise ImportError("no libgomp here")\n',
+        "image/onnxruntime/__init__.py",
+    )
+    net.environment["PYTHONPATH"] = os.pathsep.join([str(net.folder / "image"), net.variables()["PYTHONPATH"]])
+    start = net.run("--input", ASK, **NO_CAPTURE)
+    eager(start, "ONNX Runtime cannot be imported: no libgomp here")
+    assert start.output == answer
+
+
 def test_damaged_program(net: Project, answer: Any) -> None:
     """One altered byte of a program's blob: the generation before it serves, labelled, with the right answer."""
     whole = manifests(net)[1]
@@ -326,8 +339,9 @@ def test_killed_worker(project: Project, tmp_path: Path) -> None:
     temporary.mkdir()
     project.environment["TMPDIR"] = str(temporary)
     left = []
-    for _ in range(2):
-        with project.popen("-m", "coldstart", "run", "handler.py") as worker:
+    for number in range(2):
+        store = {"COLDSTART_STORE": f"file://{tmp_path}/store{number}"}  # the first one's lease is nobody's for a while
+        with project.popen("-m", "coldstart", "run", "handler.py", environment=store) as worker:
             pid, folder = _making(project)
             for path in left:
                 assert not path.exists()
