@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,7 +105,14 @@ def in_place(definition: Definition, skeleton: Any, calls: Mapping[str, Any]) ->
 def owners(definition: Definition, state: Any) -> tuple[str, ...]:
     """Paths of the objects whose arrays a program makes superfluous; () where nothing around them is kept anyway."""
     assert definition.program is not None
-    return tuple(entry_point(state, path, alone=False).owner for path in definition.program.entry)
+    found = tuple(entry_point(state, path, alone=False).owner for path in definition.program.entry)
+    return found if definition.owner is None else tuple(map(_of_self, found))
+
+
+def _of_self(path: str) -> str:
+    """A path from an instance as one from the mapping of what is set on it, which is the state in class form."""
+    name = re.split(r"[.[]", path, maxsplit=1)[0]
+    return f'["{name}"]{path[len(name) :]}' if path else ""
 
 
 def is_below(path: str, owner: str) -> bool:
