@@ -7,13 +7,14 @@ a fresh process of it runs one line of imports, from spawn to exit. A first cold
 for modules and data, /proc/self/maps for libraries, mincore for the pages of each file that came to memory. Then, by turns
 in rounds, each start from a cold page cache: plain; with whole files read ahead by a second process, started just before
 from the same image, one file after another in the order of their use; with the same by 16 threads; with 16 threads that
-read only the pages recorded; and with these 0.3 s later, as a worker would that has to fetch the list first. "Warm" is a plain
-start after a plain start. "Ahead, alone" is the read-ahead with nobody importing: until its pages are in memory.
+read only the pages recorded; with these 0.3 s later, as a worker would that has to fetch the list first; and with this only
+where it is slow: where five files of the list take 0.5 ms or more (median) to open and to give a byte. "Warm" are starts on
+pages that an earlier start left. "Ahead, alone" is the read-ahead with nobody importing: until its pages are in memory.
 
 "Disk" is this machine's, with the caches of the whole machine dropped before each start. The others are the same folder behind
 a FUSE pass-through (slow_folder.c) that answers each read late, and on one row also each lookup, open and listing; it is mounted
-afresh for each start, its source is in memory, its answers overlap (up to 64 reads ahead), its bandwidth is not limited.
-Needs root, gcc and libfuse3-dev.
+afresh for each start, its source is in memory, its answers overlap (up to 64 reads ahead, on one row 12, which is FUSE's
+default), its bandwidth is not limited. Needs root, gcc and libfuse3-dev.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 WORKLOADS = {"torch": "import torch, tokenizers, numpy", "onnxruntime": "import onnxruntime, tokenizers, numpy"}
-THREADS, BACKGROUND = 16, 64
-LATE_SECONDS = 0.3
+THREADS = 16
+LATE_SECONDS, SLOW_MS = 0.3, 0.5
 
 
 class Place(NamedTuple):
@@ -49,12 +50,15 @@ class Place(NamedTuple):
     name: str
     read_ms: float | None = None
     metadata_ms: float = 0.0
+    background: int = 64
+    """Reads ahead that the kernel may have outstanding."""
 
 
 PLACES = (
     Place("disk"),
     Place("1 ms a read", 1.0),
     Place("5 ms a read", 5.0),
+    Place("5 ms a read, 12 at a time", 5.0, background=12),
     Place("1 ms a read, lookup, open and listing", 1.0, 1.0),
 )
 
@@ -65,8 +69,13 @@ WAYS: dict[str, Way | None] = {
     "whole files, threads": Way("whole", THREADS),
     "recorded pages, threads": Way("pages", THREADS),
     "recorded pages, threads, late": Way("pages", THREADS, LATE_SECONDS),
+    "the same, where slow": Way("pages", THREADS, LATE_SECONDS, SLOW_MS),
 }
-WARM = "warm"
+WARM: dict[str, Way | None] = {
+    "warm": None,
+    "warm, recorded pages": WAYS["recorded pages, threads"],
+    "warm, where slow": Way("pages", THREADS, slow_ms=SLOW_MS),
+}
 
 # --- the file systems -------------------------------------------------------------------------------------------------
 
@@ -85,15 +94,23 @@ def cold(place: Place, image: Image, folder: Path, counts: dict[str, int]) -> It
     """The image at a place, none of it in the page cache; what was read there is added to ``counts`` at the end."""
     if place.read_ms is None:
         Path("/proc/sys/vm/drop_caches").write_text("3")
+    with mounted(place, image, folder, counts) as there:
+        yield there
+
+
+@contextmanager
+def mounted(place: Place, image: Image, folder: Path, counts: dict[str, int]) -> Iterator[Image]:
+    """The image at a place: what has latency is mounted afresh, and knows nothing."""
+    if place.read_ms is None:
         yield image
         return
     mount, written = folder / "mount", folder / "counts"
     mount.mkdir(exist_ok=True)
     written.unlink(missing_ok=True)
     delays = [str(int(each * 1000)) for each in (place.read_ms, place.metadata_ms)]
-    options = ["-f", "-o", f"ro,max_threads={2 * BACKGROUND},max_idle_threads={2 * BACKGROUND}", str(mount)]
+    options = ["-f", "-o", "ro,max_threads=128,max_idle_threads=128", str(mount)]
     process = subprocess.Popen(
-        [str(folder / "slow_folder"), str(image.root), *delays, str(BACKGROUND), str(written), *options]
+        [str(folder / "slow_folder"), str(image.root), *delays, str(place.background), str(written), *options]
     )
     try:
         while not mount.is_mount():
@@ -109,6 +126,10 @@ def cold(place: Place, image: Image, folder: Path, counts: dict[str, int]) -> It
 
 def image_in(root: Path, folder: Path) -> Image:
     """Copy this interpreter, its standard library and the packages whose files the workloads open."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    image = Image(root, f"bin/{version}")
+    if root.exists():
+        return image
     spec = importlib.util.find_spec("numpy")
     assert spec
     assert spec.origin
@@ -118,10 +139,6 @@ def image_in(root: Path, folder: Path) -> Image:
     # A module that is a file of its own is opened as bytecode.
     sources = {f"{Path(name).name.partition('.')[0]}.py" for name in opened if name.startswith("__pycache__/")}
     top = {name.partition("/")[0] for name in opened} | sources
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    image = Image(root, f"bin/{version}")
-    if root.exists():
-        return image
     skipped = shutil.ignore_patterns("site-packages", "test", "idlelib", "config-*")
     shutil.copytree(base / "lib" / version, root / "lib" / version, symlinks=True, ignore=skipped)
     for shared in (base / "lib").glob("libpython*"):
@@ -150,15 +167,16 @@ def measure(place: Place, image: Image, code: str, rounds: int, folder: Path) ->
         if way:
             with cold(place, image, folder, {}) as there:
                 ahead[name] = alone(there, way, plans[way.plan], folder)
-    starts: dict[str, list[dict[str, float]]] = {name: [] for name in (*WAYS, WARM)}
+    starts: dict[str, list[dict[str, float]]] = {name: [] for name in (*WAYS, *WARM)}
     counts: dict[str, dict[str, int]] = {name: {} for name in WAYS}
     for number in range(rounds):
         for name in turned(list(WAYS), number):
-            # The warm start that follows the plain one reads nothing, so that the counts stay those of the cold one.
             with cold(place, image, folder, counts[name]) as there:
                 starts[name].append(start(there, code, WAYS[name], folder)._asdict())
-                if WAYS[name] is None:
-                    starts[WARM].append(start(there, code, None, folder)._asdict())
+        with mounted(place, image, folder, {}) as there:
+            start(there, code, WARM["warm, recorded pages"], folder)
+            for name in turned(list(WARM), number):
+                starts[name].append(start(there, code, WARM[name], folder)._asdict())
     return {
         "files": len(plans["whole"]),
         "plan_bytes": {name: plan_bytes(plan) for name, plan in plans.items()},

@@ -24,11 +24,15 @@ Range = tuple[int, int]
 
 
 class Way(NamedTuple):
-    """What is read ahead, by how many threads, how long after the second process is up."""
+    """What is read ahead, by how many threads, how long after the second process is up.
+
+    ``slow_ms``: nothing is, where five files of the plan open and give a byte in less than this (median; 0: always).
+    """
 
     plan: str
     threads: int
     late_seconds: float = 0.0
+    slow_ms: float = 0.0
 
 
 class Image(NamedTuple):
@@ -71,9 +75,18 @@ with open(out, "w") as file: file.writelines(path[len(root) + 1:] + chr(10) for 
 
 AHEAD = """
 import _thread, os, sys, time
-root, plan, threads, step, late = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+root, plan, threads, step, late, slow = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *map(float, sys.argv[5:])
 time.sleep(late)
-with open(plan) as file: lines = iter(file.read().splitlines())
+with open(plan) as file: lines = file.read().splitlines()
+def took(line):
+    path, begin, _ = line.split(chr(9), 2)
+    began = time.perf_counter()
+    fd = os.open(root + "/" + path, os.O_RDONLY)
+    os.pread(fd, 1, int(begin))
+    os.close(fd)
+    return time.perf_counter() - began
+if slow and sorted(took(lines[len(lines) * each // 5]) for each in range(5))[2] * 1000 < slow: sys.exit()
+lines = iter(lines)
 def work():
     for line in lines:
         path, *numbers = line.split(chr(9))
@@ -175,7 +188,7 @@ def end_of(process: subprocess.Popen[bytes]) -> float:
 
 def read_ahead(image: Image, way: Way, plans: Path) -> subprocess.Popen[bytes]:
     """The second process of a start."""
-    numbers = (way.threads, STEP_BYTES, way.late_seconds)
+    numbers = (way.threads, STEP_BYTES, way.late_seconds, way.slow_ms)
     return spawn(image, "-S", "-c", AHEAD, str(image.root), str(plans / way.plan), *map(str, numbers))
 
 
