@@ -211,16 +211,11 @@ def summary(starts: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, di
 
 def rows(found: Mapping[str, Any]) -> Iterator[str]:
     """The table of one workload at one place."""
-    yield (
-        "| way | start s: median (least-most) | plain / way | processor s | MiB read | reads | metadata |"
-        " ahead, alone: s | of its pages |"
-    )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| way | start s: median (least-most) | plain / way | processor s | MiB read | reads | ahead, alone: s | of its pages |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, row in summary(found["starts"]).items():
         count, alone_ = found["counts"].get(name) or {}, found["ahead_alone"].get(name)
-        read = (
-            f"{count['bytes'] / (1 << 20):.0f} | {count['reads']:.0f} | {count['metadata']:.0f}" if count else " |  | "
-        )
+        read = f"{count['bytes'] / (1 << 20):.0f} | {count['reads']:.0f}" if count else " | "
         ahead = f"{alone_['seconds']:.2f} | {alone_['covered']:.0%}" if alone_ else " | "
         yield (
             f"| {name} | {row['median']:.2f} ({row['least']:.2f}-{row['most']:.2f}) | {row['faster']:.2f} |"
