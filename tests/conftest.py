@@ -32,6 +32,7 @@ LONGEST_FIRST = (
     "e2e/test_modal.py",
     "e2e/test_runpod.py",
     "e2e/test_starts.py",
+    "e2e/test_programs.py",
     "e2e/test_faults.py",
     "test_handlers.py",
     "e2e/test_damage.py",

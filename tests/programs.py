@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coldstart.manifest import manifest_from_json
 from coldstart.programs.calls import EagerCall
 from coldstart.programs.entries import entry_point
 from coldstart.programs.folder import RECORD, ArrayWriter, write_document
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from coldstart.manifest import Manifest
     from coldstart.programs.entries import EntryPoint
     from coldstart.programs.signature import Signature
     from tests.starts import Project
 
 MAKING_SECONDS = 570
+ASK = '{"rows": 2}'
+TELL = '{"rows": 2, "tell": true}'
+"""Two events for the handler; the second asks what was imported."""
 
 NET = """
 import torch
@@ -77,6 +82,11 @@ def far(one: Any, other: Any) -> float:
     """The largest difference between the numbers of two answers of the same form."""
     assert one.keys() == other.keys()
     return max(float(np.abs(np.array(one[key]) - np.array(other[key])).max()) for key in one)
+
+
+def manifests(project: Project) -> list[Manifest]:
+    """The stored generations of a project, in their order."""
+    return [manifest_from_json(path.read_bytes()) for path in project.objects("manifests")]
 
 
 def written_record(
