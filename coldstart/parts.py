@@ -422,7 +422,7 @@ class Parts:
             if found.tree is None and part.name not in self._definition.build:
                 part.obstacle = f"{found.tree_obstacle}; give build= to put its arrays into the snapshot"
                 return
-            from coldstart.resnapshot import marks_of  # 4 ms, with what it stands on, that a restored start saves
+            from coldstart.marks import marks_of  # 4 ms, with what it stands on, that a restored start saves
 
             part.survey = found
             part.marks = marks_of(found)

@@ -12,6 +12,7 @@ from coldstart import caches, events
 from coldstart.definition import Policy
 from coldstart.errors import ColdstartError
 from coldstart.frameworks import survey
+from coldstart.generation_plan import Plan, ProgramWish
 from coldstart.program_start import is_below, owners, stands_alone
 from coldstart.programs import default_backend
 from coldstart.programs.record import options_digest
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.errand import Origin
     from coldstart.parts import Part, Parts
-    from coldstart.resnapshot import Plan, ProgramWish
     from coldstart.warmup import WarmupReport
 
 
@@ -79,8 +79,6 @@ class Planner:
 
     def _program_wish(self, part: Part, report: WarmupReport) -> ProgramWish | None:
         """The program to be made for this platform; None, with the reason published, where nothing shows how it is called."""
-        from coldstart.resnapshot import ProgramWish
-
         definition, export = self._definition, self._definition.program
         assert export is not None
         if not definition.warmup.inputs and not export.example:
@@ -115,14 +113,13 @@ class Planner:
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None
-            from coldstart.resnapshot import marks_of
+            from coldstart.marks import marks_of
 
             part.marks = marks_of(part.survey)
         return self._plan(part, tuple(part.files), digests)._replace(program=wish)
 
     def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
         from coldstart.capture import Capture
-        from coldstart.resnapshot import Plan
 
         assert part.key is not None
         assert part.lookup is not None

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.early import Early, Services
+    from coldstart.generation_plan import Outcome
     from coldstart.parts import Part
-    from coldstart.resnapshot import Outcome
 
 
 def place_of(definition: Definition) -> tuple[str, int]:
