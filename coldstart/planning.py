@@ -13,6 +13,7 @@ from coldstart.definition import Policy
 from coldstart.errors import ColdstartError
 from coldstart.frameworks import survey
 from coldstart.generation_plan import Plan, ProgramWish
+from coldstart.part_loading import subject
 from coldstart.program_start import is_below, owners, stands_alone
 from coldstart.programs import default_backend
 from coldstart.programs.record import options_digest
@@ -21,7 +22,8 @@ from coldstart.terms import VERSION
 if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.errand import Origin
-    from coldstart.parts import Part, Parts
+    from coldstart.part import Part
+    from coldstart.parts import Parts
     from coldstart.warmup import WarmupReport
 
 
@@ -109,7 +111,7 @@ class Planner:
             return None
         if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
-                part.survey = survey(self._parts.subject(part.state))
+                part.survey = survey(subject(self._definition, part.state))
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None

@@ -57,11 +57,12 @@ def accepted(settings: Settings, device_type: str, snapshot: str, *, backend: st
     return Accepted(tuple(found), obstacles[0] if obstacles else "")
 
 
-def unsuitable(program: Program, export: Export | None) -> str:
-    """Why the handler does not want this program, "" if it does."""
+def check_suitable(program: Program, export: Export | None) -> None:
+    """Raise ProgramError for a program that the handler does not ask for, or not like this."""
     if export is None:
-        return "the handler has no program= any more"
-    return "" if program.options == options_digest(export) else "export(...) was changed since the program was made"
+        raise ProgramError("the handler has no program= any more")
+    if program.options != options_digest(export):
+        raise ProgramError("export(...) was changed since the program was made")
 
 
 def stands_alone(definition: Definition) -> bool:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.early import Early, Services
     from coldstart.generation_plan import Outcome
-    from coldstart.parts import Part
+    from coldstart.part import Part
 
 
 def place_of(definition: Definition) -> tuple[str, int]:
