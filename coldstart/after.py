@@ -112,6 +112,11 @@ class AfterReady:
         self._resnapshot.wait_first(max(0.0, deadline - time.monotonic()))
         return list(self._resnapshot.outcomes)
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a generation that was due at once is still being made."""
+        return self._resnapshot is not None and not self._resnapshot.wait_first(0)
+
     def stop(self) -> None:
         """End the capture under way: what it has stored is found by the next."""
         if self._resnapshot is not None:

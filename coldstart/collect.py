@@ -26,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart.errors import CollectionRefusedError, ManifestError, ObjectMissingError, StoreTransientError, UsageError
-from coldstart.leases import Held, Leases
+from coldstart.leases import COLLECTOR, Held, Leases
 from coldstart.manifest import manifest_from_json
 from coldstart.pipeline import Job, run_all
 from coldstart.retention import DAY_SECONDS, Retention, expired
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from coldstart.repository import Repository
     from coldstart.stores.base import ObjectInfo
 
-LEASE_KEY = "collector"
 THREADS = 8
 
 
@@ -73,7 +72,7 @@ def collect(repository: Repository, rules: Rules, *, threads: int = THREADS) -> 
     leases = Leases(repository)
     if rules.dry_run or not leases.are_kept:
         return _Collection(repository, rules, threads).run()
-    lease = leases.take(LEASE_KEY)
+    lease = leases.take(COLLECTOR)
     if isinstance(lease, Held):
         raise UsageError(f"{lease.owner} collects in {repository.store.url}, for another {lease.left_seconds:.0f} s")
     try:

@@ -9,7 +9,8 @@ Three things are asked of the store, and none of the copies that this host may h
 
 A blob that was old when it was written again, by this capture or by another one a moment ago, may have been on a
 collector's list at that moment. Whoever relies on such a blob, and on no generation that was published with it, looks
-``Margins.settle_seconds`` later, when a deletion that was decided before has taken effect.
+``Margins.settle_seconds`` later, when a deletion that was decided before has taken effect; but for a store where no
+collector has been at work for as long.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from random import random
 from typing import TYPE_CHECKING
 
 from coldstart.errors import BlobCorruptError, StateChangedError
+from coldstart.leases import COLLECTOR, was_released
 from coldstart.manifest import blob_key
 from coldstart.pipeline import Job, run_all
 
@@ -72,6 +74,8 @@ def has_to_settle(
     StoreError, ManifestError.
     """
     if not unsettled:
+        return False
+    if was_released(repository, COLLECTOR, seconds=repository.settle_seconds):
         return False
     if parent is None or not {chunk.blob for chunk in parent.chunks}.issuperset(unsettled):
         return True

@@ -78,6 +78,8 @@ class Errand:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._late = False
+        self.was_killed = False
+        """The child was ended by somebody else, as a kernel does that is short of memory: its end says nothing about its work."""
 
     def run(self, seconds: float) -> dict[str, Any]:
         """What the child answers, within ``seconds``. Raises ``failure`` where it ends, or is ended, without an answer."""
@@ -97,6 +99,7 @@ class Errand:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _child_result(self, seconds: float) -> dict[str, Any]:
+        import signal
         import tempfile
 
         reading, writing = os.pipe()
@@ -118,6 +121,7 @@ class Errand:
             raise self._failure(
                 f"the process of the {self._what} gave no answer within {seconds:.0f} s and was ended: {told}"
             )
+        self.was_killed = process.returncode == -signal.SIGKILL
         raise self._failure(
             f"the process of the {self._what} ended with status {process.returncode} and no answer: {told}"
         )

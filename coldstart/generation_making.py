@@ -158,9 +158,17 @@ class GenerationMaking:
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
         except (ExportError, ProofError) as error:
-            if not self.stopping.is_set():
-                note_refusal(repository.store, name, key, identity, str(error))
+            if not (self.stopping.is_set() or (self._child is not None and self._child.was_killed)):
+                self._note_refusal(repository, plan, identity, str(error))
             raise
+
+    def _note_refusal(self, repository: Repository, plan: Plan, identity: str, reason: str) -> None:
+        """Best effort: where it cannot be written other workers try too, and this one's reason is what is told."""
+        name = plan.capture.name
+        try:
+            note_refusal(repository.store, name, plan.capture.key, identity, reason)
+        except StoreError as error:
+            self._bus.publish(events.StoreDegraded(name, f"that its program cannot be made is not remembered: {error}"))
 
     def _make_and_publish_program(
         self, plan: Plan, replaces: Lookup, repository: Repository, began: float

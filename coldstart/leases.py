@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from coldstart.repository import Repository
 
+COLLECTOR = "collector"
+"""The key of the lease of whoever deletes what is not needed any more: one at a time."""
 LEASE_SECONDS = 600.0
 """How long a lease lasts without being renewed: what a fleet waits for a worker that was killed, on another host."""
 RETRY_SECONDS = 60.0
@@ -106,6 +108,22 @@ def hold(repository: Repository, name: str) -> Holding | Held:
     return taken if isinstance(taken, Held) else Holding(leases, taken)
 
 
+def was_released(repository: Repository, key: str, *, seconds: float) -> bool:
+    """Whether nobody has had the lease at ``key`` for ``seconds``: there is none, or it was let go as long ago.
+
+    One that was not let go counts as held, also when its time is over: whoever had it may still be at work. Where the store
+    keeps no leases it is not known, and so not said. Raises StoreError.
+    """
+    leases = Leases(repository)
+    if not leases.are_kept:
+        return False
+    try:
+        age_seconds = repository.time.now() - repository.store.head(key).modified_seconds
+    except ObjectMissingError:
+        return True
+    return leases.is_released(key) and age_seconds >= seconds
+
+
 class Leases:
     """The leases of a store. ``holder``: who takes them; ``unique`` makes each write unlike any other."""
 
@@ -136,6 +154,11 @@ class Leases:
         if holder is not None and left_seconds > 0 and not self._is_gone(holder):
             return Held(str(holder), left_seconds)
         return self._put(key, etag, now) or Held("another worker", LEASE_SECONDS)
+
+    def is_released(self, key: str) -> bool:
+        """Whether the lease at ``key`` was let go by who had it. Raises StoreError."""
+        found, _ = self._read(key)
+        return found.get("until_seconds") == 0.0
 
     def _is_gone(self, holder: Holder) -> bool:
         """Whether a holder was a process of this host that is no more."""

@@ -9,7 +9,7 @@ from coldstart import caches, events
 from coldstart.early import restoration_of
 from coldstart.errors import ProgramError, ProofError, StateMismatchError, StoreSetupError
 from coldstart.part_loading import subject
-from coldstart.program_start import check_suitable, in_place, load_calls, owners, stands_alone
+from coldstart.program_start import in_place, load_calls, owners, stands_alone, unsuitable
 from coldstart.programs import backend_of
 from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 
@@ -66,7 +66,7 @@ class Restorer:
 
     def _restore_program(self, part: Part, restoration: Restoration, program: Program) -> tuple[Any] | None:
         """The program in place of the state. Raises ProgramError where it cannot be used, and so the state is restored."""
-        check_suitable(program, self._definition.program)
+        self._check_suitable(program)
         part.context.kind = "restored"
         with self._timeline.span("import runtime"):  # in the shadow of the fetch
             backend_of(program.backend).import_runtime()
@@ -74,10 +74,15 @@ class Restorer:
         part.lookup = outcome.lookup
         if isinstance(outcome, (Missing, Unusable)) or outcome.program is None:
             return self._restore_state(part, restoration)  # the generation before it, which has none
-        check_suitable(outcome.program, self._definition.program)  # of that generation, if it was the one before
+        self._check_suitable(outcome.program)  # of that generation, if it was the one before
         part.restored, part.reason = outcome, outcome.reason
         self._use_files(part, outcome)
         return (self._program_in_place(part, outcome, outcome.program),)
+
+    def _check_suitable(self, program: Program) -> None:
+        obstacle = unsuitable(program, self._definition.program)
+        if obstacle:
+            raise ProgramError(obstacle)
 
     def _program_in_place(self, part: Part, restored: Restored, program: Program) -> Any:
         """What the handler gets of a state whose computation is the program's: ``build`` runs if anything else is left of it."""

@@ -135,6 +135,14 @@ class Parts:
         return self._services.settings.recovery
 
     @property
+    def pools_told(self) -> str:
+        """Why phase pool_alloc has nothing to do: a program's memory is allocated where the program is loaded."""
+        pools = [pool for part in self.parts if part.program and part.restored for pool in part.restored.manifest.pools]
+        if not pools:
+            return "the allocation plan lists no memory beyond the arrays"
+        return f"{sum(pool.length_bytes for pool in pools):,} bytes of the plan were allocated with the program"
+
+    @property
     def restored(self) -> list[FetchReport]:
         """How the parts that were restored were fetched."""
         return [part.restored.report for part in self.parts if part.restored and part.kind == "restored"]

@@ -90,7 +90,7 @@ class Planner:
             self._bus.publish(events.ProgramPassedOver(part.snapshot, f"no program is made: {part.program_obstacle}"))
             return None
         outside = None
-        if definition.build and not stands_alone(definition) and definition.owner is None:
+        if definition.build and not stands_alone(definition):
             outside = partial(_is_outside, owners(definition, part.state))
         backend = export.backend or default_backend(self._parts.device.type)
         return ProgramWish(

@@ -105,6 +105,11 @@ class ProgramMaking:
             raise ExportError(result["error"])
         return int(result["cases"])
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the child was ended by somebody else."""
+        return self._errand.was_killed
+
     def stop(self) -> None:
         """End the child, if it runs."""
         self._errand.stop()

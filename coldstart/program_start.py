@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,12 +58,11 @@ def accepted(settings: Settings, device_type: str, snapshot: str, *, backend: st
     return Accepted(tuple(found), obstacles[0] if obstacles else "")
 
 
-def check_suitable(program: Program, export: Export | None) -> None:
-    """Raise ProgramError for a program that the handler does not ask for, or not like this."""
+def unsuitable(program: Program, export: Export | None) -> str:
+    """Why the handler does not want this program, "" if it does."""
     if export is None:
-        raise ProgramError("the handler has no program= any more")
-    if program.options != options_digest(export):
-        raise ProgramError("export(...) was changed since the program was made")
+        return "the handler has no program= any more"
+    return "" if program.options == options_digest(export) else "export(...) was changed since the program was made"
 
 
 def stands_alone(definition: Definition) -> bool:
@@ -105,7 +105,14 @@ def in_place(definition: Definition, skeleton: Any, calls: Mapping[str, Any]) ->
 def owners(definition: Definition, state: Any) -> tuple[str, ...]:
     """Paths of the objects whose arrays a program makes superfluous; () where nothing around them is kept anyway."""
     assert definition.program is not None
-    return tuple(entry_point(state, path, alone=False).owner for path in definition.program.entry)
+    found = tuple(entry_point(state, path, alone=False).owner for path in definition.program.entry)
+    return found if definition.owner is None else tuple(map(_of_self, found))
+
+
+def _of_self(path: str) -> str:
+    """A path from an instance as one from the mapping of what is set on it, which is the state in class form."""
+    name = re.split(r"[.[]", path, maxsplit=1)[0]
+    return f'["{name}"]{path[len(name) :]}' if path else ""
 
 
 def is_below(path: str, owner: str) -> bool:

@@ -85,6 +85,11 @@ class Proof:
         assert self._program is not None
         return bool(answer_difference(self._program.answers[index], answer, self._program.limit))
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the child was ended by somebody else."""
+        return self._errand.was_killed
+
     def stop(self) -> None:
         """End the child, if it runs."""
         self._errand.stop()

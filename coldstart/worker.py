@@ -189,7 +189,7 @@ class Worker(Answering):
         state = phases.run("weight_load", parts.load_state)
         self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
         self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
-        phases.run("pool_alloc", None, reason="the allocation plan lists no memory beyond the arrays")
+        phases.run("pool_alloc", None, reason=parts.pools_told)
         compiled = phases.run(
             "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
         )
@@ -341,6 +341,11 @@ class Worker(Answering):
         """Write flat files of what was restored, for the next worker of this host."""
         if self._after is not None:
             self._after.keep_segments()
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether what was due at once is still being made."""
+        return self._after is not None and self._after.is_capturing
 
     def capture_outcomes(self, seconds: float) -> list[Outcome]:
         """Wait up to ``seconds`` for the snapshots that this worker is making, and return what became of them."""

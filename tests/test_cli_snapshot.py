@@ -330,6 +330,33 @@ def test_doctor_tells_what_will_not_work(variable, value, topic, told, command, 
     assert "numpy" in {place for place, _, _ in findings(out)}
 
 
+def test_doctor_tells_of_programs(command, monkeypatch, tmp_path):
+    """Each backend's runtime and version, whether the store may give code, and what to do where something is in the way."""
+    monkeypatch.setenv("COLDSTART_STORE", f"file://{tmp_path}/store")
+    pytest.importorskip("onnxruntime")
+
+    def told():
+        _, out, _ = command("doctor", "--json")
+        return {text: state for topic, state, text in findings(out) if topic == "programs"}
+
+    found = told()
+    assert [state for text, state in found.items() if text.startswith("onnx: device cpu, onnxruntime ")] == ["ok"]
+    assert found[f"file://{tmp_path}/store is trusted to give code"] == "ok"
+    (tmp_path / "store").chmod(0o777)
+    monkeypatch.setattr("coldstart.programs.onnx.installed_version", lambda: "1.17.0")
+    found = told()
+    assert [state for text, state in found.items() if text.startswith("onnx: ONNX Runtime 1.17.0 is too old")] == [
+        "note"
+    ]
+    (untrusted,) = (text for text in found if "is not trusted to give code" in text)
+    assert "COLDSTART_TRUST_STORE=on" in untrusted
+    assert found[untrusted] == "note"
+    monkeypatch.setenv("COLDSTART_TRUST_STORE", "on")
+    assert untrusted not in told()
+    monkeypatch.setenv("COLDSTART_PROGRAMS", "off")
+    assert list(told()) == ["off (COLDSTART_PROGRAMS): starts restore the state and compute eagerly"]
+
+
 def test_doctor_says_how_to_get_what_is_missing(command, monkeypatch):
     """A package that is not installed is named with its purpose and the command that installs it."""
     import importlib.metadata

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from coldstart.cli import main
-from coldstart.collect import LEASE_KEY, Rules, collect
+from coldstart.collect import Rules, collect
 from coldstart.errors import AccessDeniedError, CollectionRefusedError, StoreTransientError, UsageError
-from coldstart.leases import Holder, Leases
+from coldstart.leases import COLLECTOR, Holder, Leases
 from coldstart.manifest import Published, blob_key, manifest_key, newest_ref_key, ref_key
 from coldstart.repository import COLLECTION_GRACE_SECONDS, Repository
 from coldstart.retention import Retention, expired
@@ -270,7 +270,7 @@ def test_a_deletion_is_asked_for_once(memory, clock) -> None:
 
 def test_one_collector_at_a_time(repository) -> None:
     """A second collector is told who is at it; one that failed leaves no lease behind."""
-    lease = Leases(repository, Holder("host 7", 1)).take(LEASE_KEY)
+    lease = Leases(repository, Holder("host 7", 1)).take(COLLECTOR)
     with pytest.raises(UsageError, match="process 1 of host 7 collects in memory://"):
         collect(repository, LAST)
     Leases(repository, Holder("host 7", 1)).release(lease)

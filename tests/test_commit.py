@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from coldstart.capture import Encoding, Writing
-from coldstart.commit import confirm
+from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import (
     BlobCorruptError,
     CaptureError,
@@ -15,6 +15,7 @@ from coldstart.errors import (
     StateChangedError,
     UsageError,
 )
+from coldstart.leases import COLLECTOR, LEASE_SECONDS, Holder, Leases
 from coldstart.manifest import blob_key, ref_from_json, ref_key, tombstone_from_json
 from coldstart.repository import COLLECTION_GRACE_SECONDS, Repository
 from coldstart.rollback import roll_back
@@ -145,6 +146,7 @@ def test_an_unsettled_blob_is_waited_for(clock) -> None:
     repository = Repository(remote, clock=clock.time, sleep=clock.sleep)
     data = np.arange(128.0)  # all of its segment
     repository.put_blob(hash_of(memoryview(data).cast("B")), memoryview(data).cast("B"))
+    Leases(repository, Holder("elsewhere", 1)).take(COLLECTOR)
     waits = []
 
     class Stopping(threading.Event):
@@ -162,11 +164,28 @@ def test_an_unsettled_blob_is_waited_for(clock) -> None:
         writing.confirm(written)
 
 
+@pytest.mark.parametrize(
+    ("past", "waits"), [("none", False), ("at work", True), ("just over", True), ("long over", False), ("killed", True)]
+)
+def test_a_blob_is_unsettled_only_while_a_collector_may_delete(clock, past, waits) -> None:
+    """Nothing is waited for where no collector has been at work for two minutes; one that never let go may still be."""
+    remote = Remote(clock=clock.time)
+    repository = Repository(remote, clock=clock.time, sleep=clock.sleep)
+    leases = Leases(repository, Holder("elsewhere", 1))
+    if past != "none":
+        lease = leases.take(COLLECTOR)
+        if past.endswith("over"):
+            leases.release(lease)
+        clock.advance({"long over": 121, "killed": 2 * LEASE_SECONDS}.get(past, 1))
+    assert has_to_settle(repository, {"a blob"}, parent=None, parent_key="") is waits
+
+
 @pytest.mark.parametrize("is_deleted", [False, True])
 def test_a_live_parent_s_blobs_are_settled(clock, monkeypatch, is_deleted) -> None:
     """What a generation of another key has is waited for only if that is live no more: a changed handler publishes at once."""
     remote = Remote(clock=clock.time)
     repository = Repository(remote, clock=clock.time, sleep=clock.sleep)
+    Leases(repository, Holder("elsewhere", 1)).take(COLLECTOR)
     first = write(capture_of(state(1)), repository)
     repository.publish(first.manifest, first.manifest_key, replaces=repository.look_up("model", KEY))
     changed = capture_of(state(1), follows=first, key=OTHER_KEY, generation=1)

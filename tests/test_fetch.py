@@ -19,7 +19,7 @@ from coldstart.errors import (
 )
 from coldstart.fetch import FetchRequest, start_threads
 from coldstart.fetch.threads import processors
-from coldstart.manifest import blob_key
+from coldstart.manifest import FileEntry, blob_key
 from coldstart.stores.memory import MemoryStore
 from coldstart.stores.retrying import RetryingStore
 from coldstart.testing import FakeClock, Fault, FaultyStore
@@ -122,7 +122,8 @@ def test_files_come_first():
     store = FaultyStore(MemoryStore())
     manifest = stored_chunks(store, [[(b"array", "raw")], [(b"file", "raw")]])
     segments = (manifest.segments[0], manifest.segments[1]._replace(consumer="files", kind="other"))
-    fetch(manifest._replace(segments=segments), store, threads=1)
+    files = (FileEntry("kept", "file", 0o644, 1, 0, 4),)
+    fetch(manifest._replace(segments=segments, files=files), store, threads=1)
     read = [call.key for call in store.calls if call.operation == "read_into"]
     assert read == [blob_key(hash_of(b"file")), blob_key(hash_of(b"array"))]
 

@@ -248,6 +248,14 @@ def test_owners() -> None:
     assert owners(definition(("unet.step", "vae.step"), build=True), whole) == ("unet", "vae")
 
 
+def test_owners_in_class_form() -> None:
+    """In class form the state is the mapping of what is on self, and paths of its arrays begin with a key."""
+    instance: Any = Decoder()
+    instance.net, instance.parts = Decoder(), [Decoder()]
+    given = definition(("net.step", "parts[0].step", "step"), owner=Decoder)
+    assert owners(given, instance) == ('["net"]', '["parts"][0]', "")
+
+
 @pytest.mark.parametrize(
     ("path", "owner", "below"),
     [

@@ -25,10 +25,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, re.DOTALL))
 COMMANDS = re.findall(r"^    ((?:coldstart|pip|export|python) .*)$", README, re.MULTILINE)
-INPUTS = {"centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a"}
+INPUTS = {"centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a", "score.py": [[0.5] * 64]}
 CHANGES = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 """What changes in a file that comes from a platform's own SDK: RunPod's, then Modal's."""
-PAGES = ("README.md", "deploy/modal/README.md", "deploy/runpod/README.md")
+PAGES = ("README.md", "deploy/modal/README.md", "deploy/runpod/README.md", "deploy/store/README.md")
 NAMED = [
     (page, " ".join(words.split()))
     for page in PAGES
@@ -69,6 +69,17 @@ def test_a_block_starts_cold_then_restored(file: str, tmp_path: Path) -> None:
     assert first["capture"]["published"], first["capture"]
     assert second["start"]["kind"] == "restored", second["start"]["reason"]
     assert second["start"]["rung"] == "arrays"
+    assert second["output"] == first["output"]
+
+
+@pytest.mark.demo
+def test_the_block_with_a_program_starts_from_it(tmp_path: Path) -> None:
+    """The second start of that block has the program in place of the state, never imports torch, and answers the same."""
+    (tmp_path / "score.py").write_text(BLOCKS["score.py"])
+    first, second = (start("score.py", tmp_path) for _ in range(2))
+    assert [capture["published"] for capture in first["captures"]] == [True], first["captures"]
+    assert (second["start"]["kind"], second["start"]["program"]) == ("restored", "onnx"), second["start"]["reason"]
+    assert "torch" not in second["start"]["versions"]
     assert second["output"] == first["output"]
 
 

@@ -193,6 +193,7 @@ def _programs() -> Iterator[Finding]:
     from coldstart.devices import pick
     from coldstart.errors import ProgramRuntimeError
     from coldstart.programs import BACKENDS, backend_of
+    from coldstart.signing import are_required
     from coldstart.trust import distrust
 
     settings = load()
@@ -210,7 +211,7 @@ def _programs() -> Iterator[Finding]:
                 "programs", "ok", f"{name}: {', '.join(f'{part} {value}' for part, value in platform.items())}"
             )
     if settings.has_store:
-        reason = distrust(settings.store, trust_store=settings.trust_store, is_signed=False)
+        reason = distrust(settings.store, trust_store=settings.trust_store, is_signed=are_required(settings))
         trusted = f"{settings.store} is trusted to give code"
         yield Finding("programs", "note" if reason else "ok", reason or trusted)
 

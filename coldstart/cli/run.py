@@ -67,6 +67,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+_UNFINISHED = (
+    "the wait for it was over; what is stored already is not written again, and COLDSTART_CAPTURE_WAIT_SECONDS sets"
+    " how long the end waits"
+)
+
+
 class _Answers(NamedTuple):
     """The answers to the event: the first and when it was there, how long the others took, whether they were equal."""
 
@@ -75,6 +81,7 @@ class _Answers(NamedTuple):
     warm_seconds: list[float]
     equal: bool
     outcomes: list[Outcome]
+    is_capturing: bool
 
 
 def _start_and_answer(options: argparse.Namespace) -> tuple[Worker, _Answers]:
@@ -126,7 +133,7 @@ def _answer(handler: Any, worker: Worker, event: Any, options: argparse.Namespac
             seconds.append(time.perf_counter() - began)
             equal = equal and repr(again) == repr(first)
         outcomes = worker.capture_outcomes(0.0 if options.no_wait else _capture_wait_seconds())
-        return _Answers(first, answered, seconds, equal, outcomes)
+        return _Answers(first, answered, seconds, equal, outcomes, worker.is_capturing and not options.no_wait)
 
     answers: _Answers = on_one_loop(worker, all_answers)
     return answers
@@ -141,6 +148,8 @@ def _capture_wait_seconds() -> float:
 def _document(worker: Worker, answers: _Answers) -> dict[str, Any]:
     offset = worker.timeline.clock() - time.monotonic()
     captures = [outcome._asdict() for outcome in answers.outcomes]
+    if answers.is_capturing:
+        captures.append({"published": False, "reason": _UNFINISHED})
     nothing = {"published": False, "reason": worker.capture_reason}
     return {
         "output": _plain(answers.first),

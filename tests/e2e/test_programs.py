@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -337,6 +338,21 @@ def test_killed_worker(project: Project, tmp_path: Path) -> None:
     assert [path.name for path in temporary.iterdir()] == [left[1].name]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_killed_making(project: Project) -> None:
+    """A process that makes a program and is killed, as for want of memory, says nothing about the program: others may try."""
+    project.write(STUCK)
+    with project.popen("-m", "coldstart", "run", "handler.py", "--json") as worker:
+        pid, _ = _making(project)
+        os.kill(pid, signal.SIGKILL)
+        output, errors = worker.communicate(timeout=RUN_SECONDS)
+    assert worker.returncode == 0, errors
+    (capture,) = json.loads(output.splitlines()[-1])["captures"]
+    assert (capture["published"], capture["program"]) == (False, "onnx")
+    assert "the process of the export ended with status -9 and no answer" in capture["reason"]
+    assert project.objects("refusals") == []
+
+
 def _making(project: Project) -> tuple[int, Path]:
     """Process and folder of a program that is being made."""
     marker = project.folder / "making"
@@ -463,6 +479,111 @@ def test_class_form(project: Project) -> None:
     assert (second.kind, second.record["program"]) == ("restored", "onnx")
     assert far(second.output, start.output) < 1e-5
     assert project.run("--input", TELL).output == {"torch": False, "words": False}
+
+
+BUILT_CLASS = """
+import numpy as np
+from coldstart import coldstart, export
+
+@coldstart("class", program=export(entry="encoder"), warmup=[{"rows": 2}, {"rows": 3}])
+class Model:
+    def load(self, ctx):
+        import torch
+        from net import Net
+        torch.manual_seed(7)
+        self.encoder = Net().eval()
+        self.bias = np.arange(64, dtype=np.float32)
+
+    def build(self, ctx):
+        from net import Net
+        with ctx.meta():
+            self.encoder = Net().eval()
+        self.bias = np.empty(64, np.float32)
+
+    def handle(self, event):
+        rows = event["input"]["rows"]
+        if event["input"].get("tell"):
+            return {"meta": [item.is_meta for item in self.encoder.parameters()], "bias": self.bias.tolist()}
+        y, total = self.encoder(np.linspace(-1, 1, 8 * rows, dtype=np.float32).reshape(rows, 8))
+        return {"y": (y + self.bias).tolist()}
+"""
+
+
+@pytest.mark.slow
+def test_class_form_with_build(project: Project) -> None:
+    """In class form with build the program takes its place on self, and the arrays beside it are bound."""
+    write_net(project, BUILT_CLASS)
+    start = made(project, "--input", ASK)
+    assert [(each["published"], each["program"], each["reason"]) for each in start.document["captures"]] == [
+        (True, "", ""),
+        (True, "onnx", ""),
+    ]
+    second = project.run("--input", ASK)
+    assert (second.kind, second.record["program"]) == ("restored", "onnx")
+    assert far(second.output, start.output) < 1e-5
+    assert project.run("--input", TELL).output == {"meta": [True] * 4, "bias": [float(n) for n in range(64)]}
+
+
+TWO = """
+import numpy as np
+from coldstart import coldstart, export
+
+class Two:
+    def __init__(self, net, scale):
+        self.net, self.scale = net, scale
+
+    def encode(self, x):
+        return self.net(x)[0]
+
+    def decode(self, x, past=None, *, flip=False):
+        return {"out": self.net(x)[0] * self.scale, "past": past}
+
+def load():
+    import torch
+    from net import Net
+    torch.manual_seed(7)
+    return Two(Net().eval(), torch.tensor(3.0))
+
+@coldstart("two", load=load, program=export(("encode", "decode")), warmup=[{"rows": 1}, {"rows": 3}])
+def handler(event, model):
+    rows = event["input"]["rows"]
+    x = np.linspace(-1, 1, 8 * rows, dtype=np.float32).reshape(rows, 8)
+    got = model.decode(x, past=None, flip=True)
+    return {"y": model.encode(x).tolist(), "z": got["out"].tolist(), "past": float(got["past"] is None)}
+"""
+
+
+@pytest.mark.slow
+def test_two_entry_points(project: Project) -> None:
+    """Two methods of one object are two entry points of one program, whose weights are stored once."""
+    write_net(project, TWO)
+    start = made(project, "--input", ASK)
+    (capture,) = start.document["captures"]
+    assert (capture["published"], capture["program"], capture["reason"]) == (True, "onnx", "")
+    second = project.run("--input", ASK)
+    assert (second.kind, second.record["program"]) == ("restored", "onnx")
+    assert far(second.output, start.output) < 1e-5
+    (manifest,) = manifests(project)
+    (program,) = programs_of(manifest.programs)
+    encode, decode = program.entries
+    assert (encode.path, decode.path, encode.file, decode.file) == ("encode", "decode", "0.onnx", "1.onnx")
+    assert [place[1:] for place in encode.constants] == [place[1:] for place in decode.constants]
+    assert sum(buffer.length_bytes for buffer in manifest.buffers) == 4 * (64 * 64 + 8 * 64)
+
+
+@pytest.mark.slow
+def test_examples_without_a_warm_up(project: Project) -> None:
+    """With export(example=...) a handler without warm-up inputs gets a program too, and is told what was not compared."""
+    calls = '[{"x": np.ones((n, 8), np.float32)} for n in (2, 3)]'
+    text = HANDLER.replace('dynamic={"x": {0: (1, 16)}}', f'example={{"": {calls}}}')
+    write_net(project, text.replace(', warmup=[{"rows": 1}, {"rows": 3}]', ""))
+    start = made(project, "--input", ASK)
+    *_, capture = start.document["captures"]
+    assert (capture["published"], capture["program"]) == (True, "onnx"), capture["reason"]
+    assert "no answers were compared" in capture["reason"]
+    second = project.run("--input", ASK)
+    assert (second.kind, second.record["program"]) == ("restored", "onnx")
+    assert far(second.output, start.output) < 1e-5
 
 
 @pytest.mark.slow
