@@ -95,7 +95,7 @@ class Restorer:
             check_cases(Path(self._services.cases), calls, program)
         build = definition.build.get(part.name)
         skeleton = None
-        if build is not None and not (stands_alone(definition) and definition.owner is None):
+        if build is not None and not stands_alone(definition):
             skeleton = self._loader.build(build, part)
             if restored.manifest.rung == "arrays":
                 bind_arrays(restored, subject(definition, skeleton), besides=owners(definition, skeleton))

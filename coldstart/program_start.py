@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from functools import partial
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from coldstart.config import Settings
     from coldstart.definition import Definition
     from coldstart.exports import Export
-    from coldstart.programs.record import Entry, Program
+    from coldstart.programs.record import ConstantPlace, Entry, Program
     from coldstart.programs.recording import Recorder
     from coldstart.restore import Restored
 
@@ -89,7 +90,7 @@ def eager_entries(definition: Definition, state: Any, recorder: Recorder | None)
 
 def in_place(definition: Definition, skeleton: Any, calls: Mapping[str, Any]) -> Any:
     """The calls of a loaded program as the handler gets them: in what ``build`` made, or alone."""
-    if definition.owner is None and stands_alone(definition):
+    if stands_alone(definition):
         return standing_alone(calls)
     if skeleton is None:  # class form without build: an instance that has its entry points and nothing else
         assert definition.owner is not None
@@ -147,11 +148,9 @@ class _Memory:
         self._pools = {pool.name: pool.length_bytes for pool in restored.manifest.pools}
         self._allocated: dict[str, Any] = {}
 
-    def constant(self, place: Any) -> Constant:
+    def constant(self, place: ConstantPlace) -> Constant:
         """The constant with its bytes. Raises ProgramError where they are not there."""
-        length_bytes = item_bytes(place.dtype)
-        for size in place.shape:
-            length_bytes *= size
+        length_bytes = math.prod(place.shape) * item_bytes(place.dtype)
         memory = self._memory(place.buffer)
         if memory is None or place.offset_bytes + length_bytes > len(memory):
             raise ProgramError(f"constant {place.name!r} of the program lies outside the snapshot's buffers")

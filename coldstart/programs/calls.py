@@ -48,10 +48,10 @@ class _Alone:
 class EagerCall(_Alone):
     """An entry point as the state's own code computes it, without gradients.
 
-    ``note``, if given, is told of every call: its structure, its arrays and its result, as the state's code gave it.
+    ``note``, if given, is told of every call: its structure and its arrays.
     """
 
-    def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays, Any], None] | None = None) -> None:
+    def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays], None] | None = None) -> None:
         self._point = point
         self._note = note
 
@@ -67,7 +67,7 @@ class EagerCall(_Alone):
             result = called_with(point.function, given)
         shape, results = taken_apart(result, "", entry=point.path)
         if self._note is not None:
-            self._note(structure, arrays, (shape, results))
+            self._note(structure, arrays)
         return put_together(shape, delivered([array for _, array in results], arrays))
 
 
