@@ -32,11 +32,12 @@ def plan_captures(
 ) -> tuple[list[Plan], str]:
     """What to capture after a start, and "" or why some part is not: whatever goes wrong here, the worker serves."""
     planner = Planner(parts, definition, bus)
+    touched = caches.recorder.end()  # whatever is planned: until then every file that this process opens is looked at
     if definition.warmup.inputs and not report.digests:
         planner.skip("the warm-up was switched off, so a new generation could not be proven")
         return [], planner.no_capture_reason
     try:
-        plans = planner.plans(report)
+        plans = planner.plans(report, touched)
     except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation
         planner.skip(events.error_text(error))
         return [], planner.no_capture_reason
@@ -52,12 +53,12 @@ class Planner:
         self._definition = definition
         self._bus = bus
 
-    def plans(self, report: WarmupReport) -> list[Plan]:
+    def plans(self, report: WarmupReport, touched: set[str]) -> list[Plan]:
         """The generations that this worker is to make.
 
         Of parts that were not restored, by the handler's policy, and with a program that this platform lacks.
+        ``touched``: files below the caches that were opened since the first ``load`` began.
         """
-        touched = caches.recorder.end()
         return [plan for part in self._parts.parts if (plan := self._capture_plan(part, report, touched)) is not None]
 
     def _capture_plan(self, part: Part, report: WarmupReport, touched: set[str]) -> Plan | None:
