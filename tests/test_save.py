@@ -112,7 +112,8 @@ def test_a_start_imports_nothing_of_a_capture():
     loaded = set(done.stdout.split())
     assert "coldstart.restore" in loaded
     assert not loaded & {
-        f"coldstart.{name}" for name in ("capture", "generation_making", "marks", "proof", "resnapshot", "save")
+        f"coldstart.{name}"
+        for name in ("capture", "capture_sources", "generation_making", "marks", "proof", "resnapshot", "save")
     }
 
 
