@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coldstart.bench.trial import ORDINARY, PROGRAM, SCENARIOS, Trial, run_trial
+from coldstart.bench.trial import FIRST, ORDINARY, PROGRAM, RESTORED, SCENARIOS, Trial, run_trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,10 +33,18 @@ def run_rounds(target: Target, *, trials: int, say: Callable[[str], None]) -> tu
     for number in range(trials + 1):
         with tempfile.TemporaryDirectory(prefix="coldstart-bench-") as folder:
             for scenario in scenarios_of(target):
+                if scenario == RESTORED and _has_program_alone(done):
+                    continue
                 trial = run_trial(target, scenario, number, Path(folder))
                 done.append(trial)
                 say(f"{_heading(number, trials)}  {scenario:9} {trial.first_response_seconds:8.3f} s")
     return tuple(done)
+
+
+def _has_program_alone(done: list[Trial]) -> bool:
+    """Whether ``first`` could store nothing of the state but its program: then there is no state to restore."""
+    captures = next(trial.captures for trial in reversed(done) if trial.scenario == FIRST)
+    return bool(captures) and all(capture.get("program") for capture in captures)
 
 
 def _heading(number: int, trials: int) -> str:

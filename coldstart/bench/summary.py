@@ -213,9 +213,12 @@ def ratio(over: Sequence[Trial], under: Sequence[Trial]) -> Ratio:
 
 
 def judge_answers(by_scenario: Mapping[str, Sequence[Trial]]) -> Answers:
-    """Compare the restored answers, the program's and the ordinary way's with the naive ones of the same round."""
+    """Compare the restored answers, the program's and the ordinary way's with the naive ones of the same round.
+
+    Where a snapshot holds a program alone, its answers are the restored ones.
+    """
     naive = [trial.output for trial in by_scenario[NAIVE]]
-    restored = [trial.output for trial in by_scenario[RESTORED]]
+    restored = [trial.output for trial in by_scenario.get(RESTORED) or by_scenario[PROGRAM]]
     others = {
         name: _least([compare(trial.output, other) for trial, other in zip(by_scenario[name], naive, strict=True)])
         for name in (ORDINARY, PROGRAM)

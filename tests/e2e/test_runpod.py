@@ -462,7 +462,7 @@ REFRESHED = """
 # refresh_worker = true
 # ///
 import sys
-from functools import cache
+from contextlib import contextmanager
 import numpy as np
 from coldstart import coldstart
 
