@@ -88,7 +88,7 @@ class Restorer:
         """What the handler gets of a state whose computation is the program's: ``build`` runs if anything else is left of it."""
         definition = self._definition
         with self._timeline.span("load program"):
-            calls = load_calls(program, restored, self._files_folder / definition.name / "programs")
+            calls = load_calls(program, restored)
         if self._services.cases:
             from coldstart.programs.cases import check_cases  # imports what only a proof needs
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.errors import ProgramError, ProgramRuntimeError, StoreSetupError
+from coldstart.errors import ProgramError, ProgramRuntimeError
 from coldstart.programs import BACKENDS, backend_of, default_backend
-from coldstart.programs.base import Constant, ProgramFile, item_bytes
+from coldstart.programs.base import Constant, item_bytes
 from coldstart.programs.calls import EagerCall, ProgramCall
 from coldstart.programs.entries import entry_point, put_in, standing_alone
 from coldstart.programs.record import consumer_of, options_digest, program_id
@@ -19,7 +17,6 @@ from coldstart.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from coldstart.config import Settings
     from coldstart.definition import Definition
@@ -121,13 +118,10 @@ def is_below(path: str, owner: str) -> bool:
     return not owner or path == owner or path.startswith((f"{owner}.", f"{owner}["))
 
 
-def load_calls(program: Program, restored: Restored, folder: Path) -> dict[str, ProgramCall]:
-    """Load every entry point of a restored program. The arena is sealed by it.
-
-    ``folder`` is where files of programs are placed, if their runtime wants them on disk. Raises ProgramError.
-    """
+def load_calls(program: Program, restored: Restored) -> dict[str, ProgramCall]:
+    """Load every entry point of a restored program. The arena is sealed by it. Raises ProgramError."""
     backend = backend_of(program.backend)
-    files = {entry.file: _file(entry, program, restored, folder) for entry in program.entries}
+    files = {entry.file: _file(entry, program, restored) for entry in program.entries}
     restored.arena.seal()
     memory = _Memory(restored)
     calls = {}
@@ -171,30 +165,11 @@ class _Memory:
         return None
 
 
-def _file(entry: Entry, program: Program, restored: Restored, folder: Path) -> ProgramFile:
+def _file(entry: Entry, program: Program, restored: Restored) -> memoryview:
+    """The bytes of an entry point's file: a copy, since an arena is read like this only until it is sealed."""
     root = consumer_of(program.id)
     for each in restored.manifest.files:
         if (each.root, each.name) == (root, entry.file):
             end = each.offset_bytes + each.length_bytes
-            data = bytes(restored.arena.readable(each.segment)[each.offset_bytes : end])
-            return ProgramFile(memoryview(data), partial(_placed, data, folder / each.name))
+            return memoryview(bytes(restored.arena.readable(each.segment)[each.offset_bytes : end]))
     raise ProgramError(f"the program's file {entry.file!r} is not in the snapshot")
-
-
-def _placed(data: bytes, path: Path) -> str:
-    """Write a file of a program to a place named by its bytes, that nobody else can write to; its path."""
-    from blake3 import blake3
-
-    target = path.with_name(f"{blake3(data).hexdigest(length=16)}-{path.name}")
-    draft = target.with_name(f".{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not target.is_file() or target.read_bytes() != data:
-            draft.write_bytes(data)
-            draft.chmod(0o500)
-            draft.replace(target)
-    except OSError as error:
-        raise StoreSetupError(
-            f"cannot write the program's file to {target.parent}: {error}; set COLDSTART_FILES_FOLDER to a folder with room"
-        ) from error
-    return str(target)
