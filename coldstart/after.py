@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     from coldstart.config import Settings
     from coldstart.definition import Policy
+    from coldstart.generation_plan import Outcome, Plan
     from coldstart.metrics import Transfers
     from coldstart.parts import Parts
-    from coldstart.resnapshot import Outcome, Plan, Resnapshot
+    from coldstart.resnapshot import Resnapshot
 
 SINK_QUIET_SECONDS = 1.0
 """How long a ready worker waits for its first answer before log lines are written after all (importing structlog takes time)."""

@@ -17,24 +17,25 @@ import os
 import threading
 import time
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart import others, plan
-from coldstart.caches import WEIGHT_SUFFIXES, FileSource
+from coldstart.capture_sources import files_of, is_replaced, sources_of
 from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
-from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER, Buffer, Chunk, FileEntry, Manifest
-from coldstart.programs.record import consumer_of, to_json
+from coldstart.manifest import Buffer, Chunk, FileEntry, Manifest
+from coldstart.programs.record import to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
 from coldstart.save.base import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from coldstart.caches import FileSource
+    from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
-    from coldstart.manifest import KeyRecord, Leaf, Segment
-    from coldstart.plan import Extent, Item, Layout
+    from coldstart.manifest import KeyRecord, Segment
+    from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
     from coldstart.repository import Repository
     from coldstart.save import Saved, Saving
@@ -84,13 +85,6 @@ class Written(NamedTuple):
     unsettled: frozenset[str] = frozenset()
 
 
-class _Source(NamedTuple):
-    """An item of the layout with the way to its bytes: ``read(begin, end)`` gives a view of them."""
-
-    item: Item
-    read: Callable[[int, int], memoryview]
-
-
 class Writing:
     """A generation that is being written: what to capture, where it lies, and who saves it."""
 
@@ -105,7 +99,7 @@ class Writing:
     ) -> None:
         """Raises CaptureError for a file that went away. The caller calls ``end``, whatever happens."""
         self._capture = capture
-        self._sources = _array_sources(capture) + _file_sources(capture)
+        self._sources = sources_of(capture)
         self._layout = plan.layout([source.item for source in self._sources], parent=capture.parent)
         self._chunks = _Chunks(self._layout, self._sources)
         self._stopping = stopping or threading.Event()
@@ -149,7 +143,7 @@ class Writing:
             since_seconds = time.monotonic() - self._written_seconds
             if self._stopping.wait(max(0.0, repository.settle_seconds - since_seconds)):
                 raise CaptureError(STOPPED)
-        replaced = self._capture.parent if _is_replaced(self._capture) and not self._capture.mends else None
+        replaced = self._capture.parent if is_replaced(self._capture) and not self._capture.mends else None
         confirm(repository, written.manifest, written.manifest_key, replaced=replaced)
 
     def _tasks(self, extents: Sequence[Extent], pace: Callable[[], None]) -> Iterator[Task]:
@@ -174,137 +168,12 @@ def write_generation(
         writing.saver.end()
 
 
-def _array_sources(capture: Capture) -> list[_Source]:
-    if capture.survey is None:
-        return _constant_sources(capture)
-    leaves_of: dict[int, Any] = {}
-    for found in capture.survey.leaves:
-        if found.leaf.buffer != NO_BUFFER:
-            leaves_of.setdefault(found.leaf.buffer, found.leaf)
-    sources = []
-    both = _storages_of_both(capture)
-    for index, storage in enumerate(capture.survey.storages):
-        leaf = leaves_of[index]
-        item = plan.Item(
-            leaf.path,
-            storage.length_bytes,
-            _plane_bytes(leaf),
-            kind_of(leaf.path, capture.kinds),
-            plan.BOTH if index in both else plan.EAGER,
-            is_file=False,
-        )
-        sources.append(_Source(item, partial(_slice, memoryview(storage.data))))
-    return sources + _constant_sources(capture)
-
-
-def _storages_of_both(capture: Capture) -> set[int]:
-    """The storages that a start with a program needs too: with constants of one, or with arrays around what it replaces."""
-    assert capture.survey is not None
-    if capture.program is None:
-        return set()
-    found = set(capture.program.shared)
-    kept_names = others.shared_buffers(capture.parent, capture.program.program.id) if _is_replaced(capture) else set()
-    for each in capture.survey.leaves:
-        leaf = each.leaf
-        if leaf.buffer != NO_BUFFER and (
-            leaf.path in kept_names or (capture.outside is not None and capture.outside(leaf.path))
-        ):
-            found.add(leaf.buffer)
-    return found
-
-
-def _constant_sources(capture: Capture) -> list[_Source]:
-    """The constants of the program that are no arrays of the state."""
-    if capture.program is None:
-        return []
-    consumer = consumer_of(capture.program.program.id)
-    return [
-        _Source(
-            plan.Item(block.name, len(block.data), block.item_bytes, block.kind, consumer),
-            partial(_slice, memoryview(block.data)),
-        )
-        for block in capture.program.blocks
-    ]
-
-
-def _plane_bytes(leaf: Leaf) -> int:
-    """The item size that a segment has: long numpy texts are no items that a codec could split, so they count as bytes."""
-    return leaf.item_bytes if leaf.item_bytes <= MAX_ITEM_BYTES else 1
-
-
-def _slice(view: memoryview, begin: int, end: int) -> memoryview:
-    return view[begin:end]
-
-
-def kind_of(path: str, kinds: Mapping[str, str]) -> str:
-    """The kind that ``kinds`` declares for ``path`` or for the nearest place above it, else ``weights``."""
-    prefix = max((prefix for prefix in kinds if _is_at_or_below(path, prefix)), key=len, default=None)
-    return "weights" if prefix is None else kinds[prefix]
-
-
-def _is_at_or_below(path: str, prefix: str) -> bool:
-    """``layers.1`` is above ``layers.1.bias`` and ``layers.1[0]``, and not above ``layers.10``."""
-    return path.startswith(prefix) and (path == prefix or prefix.endswith((".", "[")) or path[len(prefix)] in ".[")
-
-
-def _file_sources(capture: Capture) -> list[_Source]:
-    sources = []
-    for file in files_of(capture):
-        try:
-            length_bytes = os.stat(file.path).st_size
-        except OSError as error:
-            raise CaptureError(
-                f"cannot read {file.path}, which the snapshot should hold: {error}", snapshot=capture.name
-            ) from error
-        item = plan.Item(
-            plan.file_item_name(file.root, file.name), length_bytes, 1, "other", _reader_of(file, capture), is_file=True
-        )
-        sources.append(_Source(item, _file_reader(file.path, length_bytes, capture.name)))
-    return sources
-
-
-def files_of(capture: Capture) -> list[FileSource]:
-    """The files of a capture: those of the state, then those of its program."""
-    if capture.program is None:
-        return list(capture.files)
-    root = consumer_of(capture.program.program.id)
-    return [*capture.files, *(FileSource(root, name, str(path)) for name, path in capture.program.files.items())]
-
-
-def _reader_of(file: FileSource, capture: Capture) -> str:
-    """The consumer of a file's segment. A start with a program reads no weights from files: its constants are there."""
-    if capture.program is None:
-        return plan.FILES
-    if file.root == consumer_of(capture.program.program.id):
-        return file.root
-    return plan.LOAD if Path(file.name).suffix in WEIGHT_SUFFIXES else plan.FILES
-
-
-def _file_reader(path: str, length_bytes: int, snapshot: str) -> Callable[[int, int], memoryview]:
-    def read(begin: int, end: int) -> memoryview:
-        try:
-            with open(path, "rb") as file:
-                data = os.pread(file.fileno(), end - begin, begin)
-                now_bytes = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise CaptureError(
-                f"cannot read {path}, which the snapshot should hold: {error}", snapshot=snapshot
-            ) from error
-        if now_bytes != length_bytes or len(data) != end - begin:
-            raise StateChangedError(
-                f"{path} had {length_bytes} bytes and has {now_bytes} while it is captured", snapshot=snapshot
-            )
-        return memoryview(data)
-
-    return read
-
-
 class _Chunks:
     """Where the bytes of every chunk are."""
 
-    def __init__(self, layout: Layout, sources: Sequence[_Source]) -> None:
+    def __init__(self, layout: Layout, sources: Sequence[Source]) -> None:
         self._segments = layout.segments
-        self._places: list[list[tuple[int, _Source]]] = [[] for _ in layout.segments]
+        self._places: list[list[tuple[int, Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
             if source.item.length_bytes:
                 self._places[place.segment].append((place.offset_bytes, source))
@@ -352,7 +221,7 @@ def _terms(capture: Capture, layout: Layout, encoding: Encoding, *, has_replicas
         codec=encoding.codec,
         level=encoding.level,
         known=plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {},
-        known_stays=_is_replaced(capture) and not has_replicas,
+        known_stays=is_replaced(capture) and not has_replicas,
         relies_on_stored=not capture.mends,
         raw_bytes=sum(lengths),
         largest_bytes=max(lengths, default=0),
@@ -372,13 +241,7 @@ def _chunk(extent: Extent, saved: Saved) -> Chunk:
     )
 
 
-def _is_replaced(capture: Capture) -> bool:
-    """Whether the parent is the generation that this one replaces, and not one of another key."""
-    parent = capture.parent
-    return parent is not None and parent.key == capture.key and parent.generation == capture.generation - 1
-
-
-def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chunks: tuple[Chunk, ...]) -> Manifest:
+def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunks: tuple[Chunk, ...]) -> Manifest:
     sources_in_places = list(zip(sources, layout.places, strict=True))
     buffers = tuple(
         Buffer(source.item.name, source.item.kind, place.segment, place.offset_bytes, source.item.length_bytes)
@@ -416,7 +279,7 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[_Source], chun
         signature="",
         extra={},
     )
-    if placed is None or capture.parent is None or not _is_replaced(capture):
+    if placed is None or capture.parent is None or not is_replaced(capture):
         return manifest
     return others.with_programs_of(manifest, capture.parent, placed.program.id)
 

@@ -83,22 +83,6 @@ class Errand:
 
     def run(self, seconds: float) -> dict[str, Any]:
         """What the child answers, within ``seconds``. Raises ``failure`` where it ends, or is ended, without an answer."""
-        return self._child_result(seconds)
-
-    def stop(self) -> None:
-        """End the child, if it runs."""
-        self._stopped = True
-        self._end_child()
-
-    def _end_child(self) -> None:
-        """End the child with whatever it started: it leads a process group of its own."""
-        import signal
-
-        if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _child_result(self, seconds: float) -> dict[str, Any]:
         import signal
         import tempfile
 
@@ -125,6 +109,19 @@ class Errand:
         raise self._failure(
             f"the process of the {self._what} ended with status {process.returncode} and no answer: {told}"
         )
+
+    def stop(self) -> None:
+        """End the child, if it runs."""
+        self._stopped = True
+        self._end_child()
+
+    def _end_child(self) -> None:
+        """End the child with whatever it started: it leads a process group of its own."""
+        import signal
+
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _child(self, result_fd: int, errors: Any) -> subprocess.Popen[bytes]:
         import subprocess

@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldstart import caches, events
+from coldstart import events
 from coldstart.config import read_variable, redactor
 from coldstart.context import Context, Declared
-from coldstart.definition import accepts
 from coldstart.devices import pick
 from coldstart.early import (
     NO_STORE,
@@ -26,23 +25,14 @@ from coldstart.early import (
     restoration_of,
     snapshot_name,
 )
-from coldstart.errors import (
-    AccessDeniedError,
-    KeyUncomputableError,
-    ProgramError,
-    ProofError,
-    StateMismatchError,
-    StoreError,
-    StoreSetupError,
-    UncapturableError,
-)
-from coldstart.frameworks import survey
+from coldstart.errors import AccessDeniedError, KeyUncomputableError, StateMismatchError, StoreError, StoreSetupError
 from coldstart.keys import key_from_functions
+from coldstart.part import Part
+from coldstart.part_loading import Loader
+from coldstart.part_restoring import Restorer
 from coldstart.program_start import NONE as NO_PROGRAMS
-from coldstart.program_start import eager_entries, in_place, load_calls, owners, stands_alone, unsuitable
-from coldstart.programs import backend_of
+from coldstart.program_start import eager_entries
 from coldstart.recovery import LOAD, check_load
-from coldstart.restore import Missing, Unusable, bind_arrays, rebuild_tree
 from coldstart.segments import keep_segments
 
 if TYPE_CHECKING:
@@ -52,46 +42,15 @@ if TYPE_CHECKING:
     from coldstart.capture import Encoding
     from coldstart.definition import Definition
     from coldstart.fetch.base import FetchReport
-    from coldstart.frameworks import Survey
     from coldstart.loops import Loops
-    from coldstart.manifest import KeyRecord
     from coldstart.metrics import Timeline
     from coldstart.program_start import Accepted
-    from coldstart.programs.record import Program
-    from coldstart.repository import Lookup
-    from coldstart.restore import Restoration, Restored
     from coldstart.save import Saving
 
 
 UNSIGNED = (
     "this worker has no signing key (COLDSTART_SIGNING_KEY), and what is not signed is refused (COLDSTART_SIGNATURES)"
 )
-
-
-class Part:
-    """One part of a state in one start."""
-
-    def __init__(
-        self, name: str, snapshot: str, key: KeyRecord | None, restoration: Restoration | None, context: Context
-    ) -> None:
-        self.name = name
-        self.snapshot = snapshot
-        self.key = key
-        self.restoration = restoration
-        self.context = context
-        self.kind = "cold"
-        self.reason = ""
-        self.restored: Restored | None = None
-        self.program: Program | None = None
-        """The program that this start runs, if it has one."""
-        self.program_obstacle = ""
-        """Why it has none, where the handler asks for one."""
-        self.lookup: Lookup | None = None
-        self.state: Any = None
-        self.survey: Survey | None = None
-        self.obstacle = ""
-        self.marks: dict[str, Any] = {}
-        self.files: list[caches.FileSource] = []
 
 
 class Parts:
@@ -101,14 +60,13 @@ class Parts:
         self, definition: Definition, services: Services, timeline: Timeline, early: Early | None, loops: Loops
     ) -> None:
         self.no_capture_reason = ""
-        self._records_opens = False
         self._may_not_write = False
         self._definition = definition
         self._services = services
         self._timeline = timeline
-        self._loops = loops
         self.device = pick(services.settings.device)
         self.open_repository = early.opener if early else opener_of_start(definition.name, services)
+        self._loader = Loader(definition, timeline, loops, self._make_context)
         self.parts = [self._part(name, early) for name in definition.load]
         self.context = self.parts[0].context
 
@@ -193,10 +151,20 @@ class Parts:
 
     def load_state(self) -> Any:
         """Restore or load every part, and return the state: the part's own if there is but one unnamed, else by name."""
+        definition = self._definition
+        restorer = Restorer(
+            definition,
+            self._services,
+            self._timeline,
+            self.device,
+            self.open_repository,
+            self._loader,
+            self.accepted_programs,
+        )
         for part in self.parts:
-            part.state = self._state_of(part)
+            part.state = self._state_of(part, restorer)
         self.context = self._joint_context()
-        if self._definition.owner is None and list(self._definition.load) != [""]:
+        if definition.owner is None and list(definition.load) != [""]:
             return {part.name: part.state for part in self.parts}
         return self._entries(self.parts[0])
 
@@ -209,7 +177,7 @@ class Parts:
                 self.accepted_programs(part.snapshot).obstacle or "the snapshot has none for this platform"
             )
         if self.wants_program(part) and part.survey is None and not part.obstacle and part.kind == "restored":
-            self._survey(part, part.state)  # before anything is put into it: a further generation is made of it
+            self._loader.survey(part, part.state)  # before anything is put into it: a further generation is made of it
         return eager_entries(self._definition, part.state, self._services.recorder)
 
     def _joint_context(self) -> Context:
@@ -222,15 +190,15 @@ class Parts:
             context.files.update(part.context.files)
         return context
 
-    def _state_of(self, part: Part) -> Any:
+    def _state_of(self, part: Part, restorer: Restorer) -> Any:
         if part.restoration is None:
             part.reason = self.no_capture_reason
             self._check_load(part)
-            return self._load(part)
+            return self._loader.load(part, wants_capture=self.wants_capture(part))
         try:
-            restored = self._restore(part, part.restoration)
+            restored = restorer.restore(part, part.restoration)
         except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation, so load answers any failure of it
-            self._fall_back(part, "restore", events.error_text(error))
+            part.fall_back(events.error_text(error), self._services.bus)
             restored = None
         part.restoration.put_on(self._timeline)
         if restored is None:
@@ -239,7 +207,7 @@ class Parts:
                     f"the generation to be proven cannot be used: {part.reason}", snapshot=part.snapshot
                 )
             self._check_load(part)
-            state = self._load(part)
+            state = self._loader.load(part, wants_capture=self.wants_capture(part))
             if part.kind == "fallback":
                 self._services.bus.publish(events.Recovered(part.snapshot, LOAD, part.reason))
             return state
@@ -251,65 +219,6 @@ class Parts:
         settings = self._services.settings
         if self._services.uses_store and not settings.fresh:
             check_load(settings.recovery, failed=part.kind == "fallback", reason=part.reason, snapshot=part.snapshot)
-
-    def _restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
-        """The restored state in a tuple of one, or None when there is nothing to restore. Any error means: fall back."""
-        program = restoration.program()
-        if program is None:
-            return self._restore_state(part, restoration)
-        try:
-            return self._restore_program(part, restoration, program)
-        except (ProgramError, ProofError, StoreSetupError) as error:
-            if self._services.pinned.get(part.snapshot):
-                raise
-            self._pass_over(part, f"{error}")
-        restoration.cancel()
-        assert part.key is not None
-        part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
-        return self._restore_state(part, part.restoration)
-
-    def _restore_program(self, part: Part, restoration: Restoration, program: Program) -> tuple[Any] | None:
-        """The program in place of the state. Raises ProgramError where it cannot be used, and so the state is restored."""
-        definition = self._definition
-        obstacle = unsuitable(program, definition.program)
-        if obstacle:
-            raise ProgramError(obstacle)
-        part.context.kind = "restored"
-        with self._timeline.span("import runtime"):
-            backend_of(program.backend).import_runtime()
-        outcome = restoration.outcome()
-        part.lookup = outcome.lookup
-        if isinstance(outcome, (Missing, Unusable)) or outcome.program is None:
-            return self._restore_state(part, restoration)  # the generation before it, which has none
-        program = outcome.program  # of that generation, if it was the one before
-        obstacle = unsuitable(program, definition.program)
-        if obstacle:
-            raise ProgramError(obstacle)
-        part.restored, part.reason = outcome, outcome.reason
-        self._use_files(part, outcome)
-        with self._timeline.span("load program"):
-            calls = load_calls(program, outcome, self._files_folder / definition.name / "programs")
-        if self._services.cases:
-            from coldstart.programs.cases import check_cases  # imports what only a proof needs
-
-            check_cases(Path(self._services.cases), calls, program)
-        build = definition.build.get(part.name)
-        skeleton = None
-        if build is not None and not (stands_alone(definition) and definition.owner is None):
-            skeleton = self._build(build, part)
-            if outcome.manifest.rung == "arrays":
-                bind_arrays(outcome, self.subject(skeleton), besides=owners(definition, skeleton))
-        part.program = program
-        return (in_place(definition, skeleton, calls),)
-
-    def _pass_over(self, part: Part, reason: str) -> None:
-        """The start goes on without the generation's program."""
-        part.program_obstacle = reason
-        self._services.bus.publish(events.ProgramPassedOver(part.snapshot, reason))
-
-    @property
-    def _files_folder(self) -> Path:
-        return Path(self._services.settings.files_folder)
 
     @property
     def is_proof(self) -> bool:
@@ -327,134 +236,6 @@ class Parts:
             return NO_PROGRAMS
         wanted = backend or self._definition.program.backend
         return programs_of_start(self._services, self.device, snapshot, wanted)
-
-    def _restore_state(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
-        """The restored state itself, by its rung."""
-        manifest = restoration.manifest()
-        build = self._definition.build.get(part.name)
-        skeleton = None
-        part.context.kind = "restored"  # what build and, on rung files, load see; a load after a failure sets its own
-        if manifest is not None and manifest.rung == "arrays" and build is not None and not manifest.files:
-            skeleton = self._build(build, part)  # in the shadow of the fetch
-        outcome = restoration.outcome()
-        part.lookup = outcome.lookup
-        if isinstance(outcome, Missing):
-            part.reason = outcome.reason
-            self._services.bus.publish(events.SnapshotPassedOver(part.snapshot, outcome.reason))
-            return None
-        if isinstance(outcome, Unusable):
-            self._fall_back(part, "restore", outcome.reason)
-            return None
-        part.restored, part.reason = outcome, outcome.reason
-        self._use_files(part, outcome)
-        if outcome.manifest.rung == "files":
-            if not caches.own_files(outcome.manifest):
-                raise StateMismatchError(
-                    "the snapshot holds a program alone, and this start cannot run it"
-                    f" ({part.program_obstacle or self.accepted_programs(part.snapshot).obstacle or 'none for this platform'})"
-                )
-            outcome.arena.seal()
-            return (self._call(self._definition.load[part.name], part),)
-        if skeleton is None and build is not None:
-            skeleton = self._build(build, part)
-        outcome.arena.seal()
-        return (self._bound(outcome, skeleton, build is not None),)
-
-    def _bound(self, restored: Restored, skeleton: Any, built: bool) -> Any:  # noqa: FBT001
-        """The state with the restored arrays in it: bound to a skeleton, or a tree made from nothing."""
-        if built:
-            bound = bind_arrays(restored, self.subject(skeleton))
-            return bound if self._definition.owner is None else skeleton
-        if restored.manifest.tree is None:
-            raise StateMismatchError("the snapshot holds arrays for a build() that the handler no longer has")
-        tree = rebuild_tree(restored)
-        if self._definition.owner is None:
-            return tree
-        instance: Any = object.__new__(self._definition.owner)
-        vars(instance).update(tree)
-        return instance
-
-    def _use_files(self, part: Part, restored: Restored) -> None:
-        manifest = restored.manifest
-        if not caches.own_files(manifest):
-            return
-        with self._timeline.span("place files"):
-            folder = caches.place_files(manifest, restored.arena, self._files_folder)
-        late = caches.point_to(folder, manifest)
-        if late:
-            self._services.bus.publish(events.StoreDegraded(part.snapshot, late))
-        part.files = [
-            caches.FileSource(entry.root, entry.name, str(folder / entry.root / entry.name))
-            for entry in caches.own_files(manifest)
-        ]
-        part.context.use_restored(
-            folder, tuple(entry.name for entry in caches.own_files(manifest) if entry.root == caches.KEPT)
-        )
-
-    def _let_go_of_files(self, part: Part) -> None:
-        """Before ``load`` runs for real: hubs go online again and ``ctx.keep`` no longer finds restored copies.
-
-        Hubs may have been pointed at files that then could not be fetched, or turned out to be of another key.
-        """
-        caches.point_back()
-        if part.restored is not None:
-            part.files = []
-            part.context = self._make_context()
-
-    def _load(self, part: Part) -> Any:
-        """Run the user's ``load``, note which cache files it used and what its arrays look like before anyone changes them."""
-        self._let_go_of_files(part)
-        if part.kind != "fallback":
-            part.kind = "cold"
-        part.context.kind = part.kind
-        wants_capture = self.wants_capture(part)
-        if wants_capture and not self._records_opens:
-            self._records_opens = True
-            caches.recorder.begin(caches.cache_roots().values())
-        with self._timeline.span("load"):
-            state = self._call(self._definition.load[part.name], part)
-        if wants_capture:
-            self._survey(part, state)
-        return state
-
-    def _survey(self, part: Part, state: Any) -> None:
-        with self._timeline.span("survey"):
-            try:
-                found = survey(self.subject(state))
-            except UncapturableError as error:
-                part.obstacle = str(error)
-                return
-            except Exception as error:  # noqa: BLE001  the user's objects: whatever they do when looked at, the start goes on
-                part.obstacle = f"the state cannot be looked through: {events.error_text(error)}"
-                return
-            if found.tree is None and part.name not in self._definition.build:
-                part.obstacle = f"{found.tree_obstacle}; give build= to put its arrays into the snapshot"
-                return
-            from coldstart.resnapshot import marks_of  # 4 ms, with what it stands on, that a restored start saves
-
-            part.survey = found
-            part.marks = marks_of(found)
-
-    def _call(self, hook: Callable[..., Any], part: Part) -> Any:
-        """Call ``load`` or ``build``; in class form the state is a fresh instance that the method fills."""
-        owner = self._definition.owner
-        if owner is None:
-            return self._loops.finish(hook(part.context) if accepts(hook, 1) else hook())
-        instance: Any = object.__new__(owner)
-        self._loops.finish(hook(instance, part.context) if accepts(hook, 2) else hook(instance))
-        return instance
-
-    def _build(self, build: Callable[..., Any], part: Part) -> Any:
-        with self._timeline.span("build"):
-            return self._call(build, part)
-
-    def subject(self, state: Any) -> Any:
-        """What is surveyed and bound: in class form what the methods set on ``self``."""
-        return vars(state) if self._definition.owner is not None else state
-
-    def _fall_back(self, part: Part, stage: str, reason: str) -> None:
-        part.kind, part.reason = "fallback", reason
-        self._services.bus.publish(events.FellBack(part.snapshot, stage, reason))
 
     # --- after ready -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from coldstart import caches, events
 from coldstart.definition import Policy
 from coldstart.errors import ColdstartError
 from coldstart.frameworks import survey
+from coldstart.generation_plan import Plan, ProgramWish
+from coldstart.part_loading import subject
 from coldstart.program_start import is_below, owners, stands_alone
 from coldstart.programs import default_backend
 from coldstart.programs.record import options_digest
@@ -20,8 +22,8 @@ from coldstart.terms import VERSION
 if TYPE_CHECKING:
     from coldstart.definition import Definition
     from coldstart.errand import Origin
-    from coldstart.parts import Part, Parts
-    from coldstart.resnapshot import Plan, ProgramWish
+    from coldstart.part import Part
+    from coldstart.parts import Parts
     from coldstart.warmup import WarmupReport
 
 
@@ -30,11 +32,12 @@ def plan_captures(
 ) -> tuple[list[Plan], str]:
     """What to capture after a start, and "" or why some part is not: whatever goes wrong here, the worker serves."""
     planner = Planner(parts, definition, bus)
+    touched = caches.recorder.end()  # whatever is planned: until then every file that this process opens is looked at
     if definition.warmup.inputs and not report.digests:
         planner.skip("the warm-up was switched off, so a new generation could not be proven")
         return [], planner.no_capture_reason
     try:
-        plans = planner.plans(report)
+        plans = planner.plans(report, touched)
     except Exception as error:  # noqa: BLE001  the start's edge: a snapshot is an optimisation
         planner.skip(events.error_text(error))
         return [], planner.no_capture_reason
@@ -50,12 +53,12 @@ class Planner:
         self._definition = definition
         self._bus = bus
 
-    def plans(self, report: WarmupReport) -> list[Plan]:
+    def plans(self, report: WarmupReport, touched: set[str]) -> list[Plan]:
         """The generations that this worker is to make.
 
         Of parts that were not restored, by the handler's policy, and with a program that this platform lacks.
+        ``touched``: files below the caches that were opened since the first ``load`` began.
         """
-        touched = caches.recorder.end()
         return [plan for part in self._parts.parts if (plan := self._capture_plan(part, report, touched)) is not None]
 
     def _capture_plan(self, part: Part, report: WarmupReport, touched: set[str]) -> Plan | None:
@@ -79,8 +82,6 @@ class Planner:
 
     def _program_wish(self, part: Part, report: WarmupReport) -> ProgramWish | None:
         """The program to be made for this platform; None, with the reason published, where nothing shows how it is called."""
-        from coldstart.resnapshot import ProgramWish
-
         definition, export = self._definition, self._definition.program
         assert export is not None
         if not definition.warmup.inputs and not export.example:
@@ -111,18 +112,17 @@ class Planner:
             return None
         if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
-                part.survey = survey(self._parts.subject(part.state))
+                part.survey = survey(subject(self._definition, part.state))
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None
-            from coldstart.resnapshot import marks_of
+            from coldstart.marks import marks_of
 
             part.marks = marks_of(part.survey)
         return self._plan(part, tuple(part.files), digests)._replace(program=wish)
 
     def _plan(self, part: Part, files: tuple[caches.FileSource, ...], digests: tuple[str, ...]) -> Plan:
         from coldstart.capture import Capture
-        from coldstart.resnapshot import Plan
 
         assert part.key is not None
         assert part.lookup is not None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.errors import ProgramError, ProgramRuntimeError, StoreSetupError
+from coldstart.errors import ProgramError, ProgramRuntimeError
 from coldstart.programs import BACKENDS, backend_of, default_backend
-from coldstart.programs.base import Constant, ProgramFile, item_bytes
+from coldstart.programs.base import Constant, item_bytes
 from coldstart.programs.calls import EagerCall, ProgramCall
 from coldstart.programs.entries import entry_point, put_in, standing_alone
 from coldstart.programs.record import consumer_of, options_digest, program_id
@@ -18,12 +17,11 @@ from coldstart.trust import distrust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from coldstart.config import Settings
     from coldstart.definition import Definition
     from coldstart.exports import Export
-    from coldstart.programs.record import Entry, Program
+    from coldstart.programs.record import ConstantPlace, Entry, Program
     from coldstart.programs.recording import Recorder
     from coldstart.restore import Restored
 
@@ -89,7 +87,7 @@ def eager_entries(definition: Definition, state: Any, recorder: Recorder | None)
 
 def in_place(definition: Definition, skeleton: Any, calls: Mapping[str, Any]) -> Any:
     """The calls of a loaded program as the handler gets them: in what ``build`` made, or alone."""
-    if definition.owner is None and stands_alone(definition):
+    if stands_alone(definition):
         return standing_alone(calls)
     if skeleton is None:  # class form without build: an instance that has its entry points and nothing else
         assert definition.owner is not None
@@ -120,13 +118,10 @@ def is_below(path: str, owner: str) -> bool:
     return not owner or path == owner or path.startswith((f"{owner}.", f"{owner}["))
 
 
-def load_calls(program: Program, restored: Restored, folder: Path) -> dict[str, ProgramCall]:
-    """Load every entry point of a restored program. The arena is sealed by it.
-
-    ``folder`` is where files of programs are placed, if their runtime wants them on disk. Raises ProgramError.
-    """
+def load_calls(program: Program, restored: Restored) -> dict[str, ProgramCall]:
+    """Load every entry point of a restored program. The arena is sealed by it. Raises ProgramError."""
     backend = backend_of(program.backend)
-    files = {entry.file: _file(entry, program, restored, folder) for entry in program.entries}
+    files = {entry.file: _file(entry, program, restored) for entry in program.entries}
     restored.arena.seal()
     memory = _Memory(restored)
     calls = {}
@@ -147,11 +142,9 @@ class _Memory:
         self._pools = {pool.name: pool.length_bytes for pool in restored.manifest.pools}
         self._allocated: dict[str, Any] = {}
 
-    def constant(self, place: Any) -> Constant:
+    def constant(self, place: ConstantPlace) -> Constant:
         """The constant with its bytes. Raises ProgramError where they are not there."""
-        length_bytes = item_bytes(place.dtype)
-        for size in place.shape:
-            length_bytes *= size
+        length_bytes = math.prod(place.shape) * item_bytes(place.dtype)
         memory = self._memory(place.buffer)
         if memory is None or place.offset_bytes + length_bytes > len(memory):
             raise ProgramError(f"constant {place.name!r} of the program lies outside the snapshot's buffers")
@@ -172,30 +165,11 @@ class _Memory:
         return None
 
 
-def _file(entry: Entry, program: Program, restored: Restored, folder: Path) -> ProgramFile:
+def _file(entry: Entry, program: Program, restored: Restored) -> memoryview:
+    """The bytes of an entry point's file: a copy, since an arena is read like this only until it is sealed."""
     root = consumer_of(program.id)
     for each in restored.manifest.files:
         if (each.root, each.name) == (root, entry.file):
             end = each.offset_bytes + each.length_bytes
-            data = bytes(restored.arena.readable(each.segment)[each.offset_bytes : end])
-            return ProgramFile(memoryview(data), partial(_placed, data, folder / each.name))
+            return memoryview(bytes(restored.arena.readable(each.segment)[each.offset_bytes : end]))
     raise ProgramError(f"the program's file {entry.file!r} is not in the snapshot")
-
-
-def _placed(data: bytes, path: Path) -> str:
-    """Write a file of a program to a place named by its bytes, that nobody else can write to; its path."""
-    from blake3 import blake3
-
-    target = path.with_name(f"{blake3(data).hexdigest(length=16)}-{path.name}")
-    draft = target.with_name(f".{target.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not target.is_file() or target.read_bytes() != data:
-            draft.write_bytes(data)
-            draft.chmod(0o500)
-            draft.replace(target)
-    except OSError as error:
-        raise StoreSetupError(
-            f"cannot write the program's file to {target.parent}: {error}; set COLDSTART_FILES_FOLDER to a folder with room"
-        ) from error
-    return str(target)

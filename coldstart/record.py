@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.metrics import Span, Timeline
-    from coldstart.parts import Part, Parts
+    from coldstart.part import Part
+    from coldstart.parts import Parts
     from coldstart.warmup import PhaseRecord, WarmupReport
 
 RECORD_FORMAT = 1

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
     from coldstart.definition import Definition
     from coldstart.early import Early, Services
-    from coldstart.parts import Part
-    from coldstart.resnapshot import Outcome
+    from coldstart.generation_plan import Outcome
 
 
 def place_of(definition: Definition) -> tuple[str, int]:
@@ -330,12 +329,6 @@ class Worker(Answering):
             self._after.write_record(self.record)
 
     # --- after ready -------------------------------------------------------------------------------------------------
-
-    @property
-    def state_part(self) -> Part:
-        """The part of a ready worker whose state is undivided, as the start left it."""
-        assert self._parts is not None
-        return self._parts.parts[0]
 
     def keep_segments(self) -> None:
         """Write flat files of what was restored, for the next worker of this host."""

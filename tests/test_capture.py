@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from coldstart.capture import kind_of
+from coldstart.capture_sources import kind_of
 from coldstart.codecs import NAMES
 from coldstart.errors import ConfigError, ManifestError
 from coldstart.manifest import NO_BUFFER, manifest_from_json

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from coldstart import config, program_start
 from coldstart.devices.cpu import CpuDevice
-from coldstart.errors import ProgramError, ProgramRuntimeError, StoreSetupError
+from coldstart.errors import ProgramError, ProgramRuntimeError
 from coldstart.exports import export
 from coldstart.manifest import Buffer, FileEntry, Pool, Segment
 from coldstart.program_start import accepted, load_calls, unsuitable
@@ -148,48 +147,18 @@ def restored() -> Any:
     return SimpleNamespace(manifest=manifest, arena=arena)
 
 
-def test_loading(runtimes: dict[str, Runtime], tmp_path: Path) -> None:
+def test_loading(runtimes: dict[str, Runtime]) -> None:
     """Constants are where the snapshot has them, caches are memory of their own, and the call answers with them."""
     snapshot = restored()
-    calls = load_calls(program(*CONSTANTS), snapshot, tmp_path)
+    calls = load_calls(program(*CONSTANTS), snapshot)
     assert calls[""](np.zeros(2, np.float32)).tolist() == [4 + 5 + 6 + 7 + 300.0] * 2
     ((file, (shared, own, cache)),) = runtimes["onnx"].loaded
-    assert bytes(file.data) == b"graph"
+    assert bytes(file) == b"graph"
     assert (shared.name, shared.dtype, shared.shape, len(shared.data)) == ("shared", "float32", (4,), 16)
     assert np.shares_memory(shared.data, snapshot.arena.array(0, 0, 32))
     assert np.shares_memory(own.data, snapshot.arena.array(1, 0, 16))
     assert not cache.data.any()
     cache.data[:] = 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_placed_file(runtimes: dict[str, Runtime], tmp_path: Path) -> None:
-    """A runtime that wants a file on disk gets one that only this user can reach, named by its bytes, written once."""
-    folder = tmp_path / "programs"
-    load_calls(program(*CONSTANTS), restored(), folder)
-    file = runtimes["onnx"].loaded[0][0]
-    path = file.place()
-    assert (folder.stat().st_mode & 0o777, os.stat(path).st_mode & 0o777) == (0o700, 0o500)
-    with open(path, "rb") as placed:
-        assert placed.read() == b"graph"
-    before = os.stat(path).st_ino
-    assert file.place() == path
-    assert os.stat(path).st_ino == before
-    os.chmod(path, 0o700)
-    with open(path, "wb") as placed:
-        placed.write(b"other")
-    assert file.place() == path
-    with open(path, "rb") as placed:
-        assert placed.read() == b"graph"
-    assert len(list(folder.iterdir())) == 1
-
-
-def test_placing_where_nothing_can_be_written(runtimes: dict[str, Runtime], tmp_path: Path) -> None:
-    """Without room for the file the error names the folder and the setting."""
-    (tmp_path / "programs").touch()
-    load_calls(program(*CONSTANTS), restored(), tmp_path / "programs")
-    with pytest.raises(StoreSetupError, match=r"cannot write the program's file to .*; set COLDSTART_FILES_FOLDER"):
-        runtimes["onnx"].loaded[0][0].place()
 
 
 @pytest.mark.parametrize(
@@ -203,20 +172,20 @@ def test_placing_where_nothing_can_be_written(runtimes: dict[str, Runtime], tmp_
         CONSTANTS[1]._replace(dtype="complex128"),
     ],
 )
-def test_constants_outside(runtimes: dict[str, Runtime], tmp_path: Path, place: ConstantPlace) -> None:
+def test_constants_outside(runtimes: dict[str, Runtime], place: ConstantPlace) -> None:
     """A record that points outside the snapshot's memory is refused by the constant's name, before the runtime sees it."""
     with pytest.raises(
         ProgramError, match=f"constant '{place.name}' of the program lies outside the snapshot's buffers"
     ):
-        load_calls(program(place), restored(), tmp_path)
+        load_calls(program(place), restored())
     assert runtimes["onnx"].loaded == []
 
 
-def test_missing_file(runtimes: dict[str, Runtime], tmp_path: Path) -> None:
+def test_missing_file(runtimes: dict[str, Runtime]) -> None:
     """A program whose file the snapshot does not have, or has for another program, is refused by its name."""
     with pytest.raises(ProgramError, match=r"the program's file '1\.onnx' is not in the snapshot"):
-        load_calls(program(file="1.onnx"), restored(), tmp_path)
+        load_calls(program(file="1.onnx"), restored())
     snapshot = restored()
     snapshot.manifest = snapshot.manifest._replace(files=(FileEntry("kept", "0.onnx", 0o644, 2, 0, 5),))
     with pytest.raises(ProgramError, match=r"the program's file '0\.onnx' is not in the snapshot"):
-        load_calls(program(), snapshot, tmp_path)
+        load_calls(program(), snapshot)

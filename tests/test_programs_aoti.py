@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from coldstart.errors import ExportError, ProgramError
 from coldstart.programs.aoti import Aoti
-from coldstart.programs.base import Array, Constant, Made, ProgramFile, Runner
+from coldstart.programs.base import Array, Constant, Made, Runner
 
 # torch of its own code, while it copies an exported program.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -94,7 +94,7 @@ def writable(constants: tuple[Constant, ...]) -> dict[str, Constant]:
 def loaded(file: Path | bytes, constants: Any) -> Runner:
     """The program as a start loads it."""
     data = file if isinstance(file, bytes) else file.read_bytes()
-    return Aoti().load(ProgramFile(memoryview(data), lambda: ""), list(constants), INPUTS, OUTPUTS)
+    return Aoti().load(memoryview(data), list(constants), INPUTS, OUTPUTS)
 
 
 def prompt(length: int, seed: int, start: int = 0) -> list[torch.Tensor]:
@@ -189,7 +189,7 @@ def test_a_start_imports_no_compiler_and_leaves_no_file(compiled, tmp_path):
 import os, sys
 import numpy as np
 from coldstart.programs.aoti import Aoti
-from coldstart.programs.base import Constant, ProgramFile
+from coldstart.programs.base import Constant
 backend = Aoti()
 facts = backend.platform("cpu")
 assert "torch" not in sys.modules and "numpy" in sys.modules
@@ -197,7 +197,7 @@ backend.import_runtime()
 stored = np.load({str(tmp_path / "constants.npz")!r})
 constants = [Constant(n, d, tuple(s), stored[n].copy()) for n, d, s in {[(c.name, c.dtype, c.shape) for c in compiled.made.constants]!r}]
 data = memoryview(open({str(compiled.made.file)!r}, "rb").read())
-runner = backend.load(ProgramFile(data, lambda: ""), constants, [0, 0], [0, 0, 0, 0])
+runner = backend.load(data, constants, [0, 0], [0, 0, 0, 0])
 import torch
 assert facts["torch"] == torch.__version__ and facts["torch_commit"] == torch.version.git_version, facts
 assert os.listdir({str(tmp_path / "temporary")!r}) == []
@@ -353,9 +353,7 @@ def test_the_generating_example_says_the_same_token_by_token(tmp_path, monkeypat
         held = held or writable(made.constants)
         assert set(held) == {each.name for each in made.constants}
         assert len(made.mutated) == 4
-        runners[name] = Aoti().load(
-            ProgramFile(memoryview(made.file.read_bytes()), lambda: ""), list(held.values()), list(arguments), [None]
-        )
+        runners[name] = Aoti().load(memoryview(made.file.read_bytes()), list(held.values()), list(arguments), [None])
     for text in ("a", "The quick brown fox", "xy" * 128):
         ids = torch.tensor([list(text.encode())])
         said = [tokens_of(lambda *a: runners["prefill"].run(a)[0], lambda *a: runners["decode"].run(a)[0], ids)]

@@ -11,7 +11,7 @@ import pytest
 from coldstart.errors import ExportError, ProgramError, ProgramRuntimeError
 from coldstart.programs import AOTI, ONNX, backend_of, default_backend
 from coldstart.programs import onnx as backend
-from coldstart.programs.base import Array, Constant, ProgramFile
+from coldstart.programs.base import Array, Constant
 from coldstart.programs.onnx import Onnx
 from coldstart.programs.tracing import trace
 from tests.programs import recorded
@@ -54,7 +54,7 @@ class Made(NamedTuple):
     def load(self, graph: bytes | None = None, **changes: Any) -> Any:
         """Load it around constants in memory of this test's own; ``changes``: other constants, inputs, outputs."""
         data = self.graph if graph is None else graph
-        file = ProgramFile(memoryview(data), lambda: "")
+        file = memoryview(data)
         signature = self.traced.signature
         options = {"constants": self.copied(), "inputs": signature.inputs, "outputs": signature.outputs, **changes}
         return Onnx().load(file, **options)

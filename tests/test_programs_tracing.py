@@ -205,10 +205,10 @@ def test_no_call() -> None:
 def test_given_examples() -> None:
     """An example by name is a call like a recorded one; one that no call could be is refused by name."""
     point, _ = recorded(Pair(), "")
-    call = given_call(point, {"mask": x_of(2, 4), "x": x_of(2, 4, 8)}, None)
+    call = given_call(point, {"mask": x_of(2, 4), "x": x_of(2, 4, 8)})
     assert call.names == ("x", "mask")
     with pytest.raises(ProgramCallError, match=r"x is a object"):
-        given_call(point, {"x": object()}, None)
+        given_call(point, {"x": object()})
 
 
 def test_recorded_arrays_are_copies() -> None:

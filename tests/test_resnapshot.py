@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from coldstart import events, resnapshot
+from coldstart import due, events, generation_making, resnapshot
 from coldstart.capture import Encoding
 from coldstart.definition import Policy
 from coldstart.errand import Origin
 from coldstart.errors import ProofError, StoreError
 from coldstart.fetch import Address
 from coldstart.frameworks import survey
+from coldstart.generation_plan import Outcome, Plan
 from coldstart.manifest import blob_key, newest_ref_key
+from coldstart.marks import changed_paths, marks_of
 from coldstart.metrics import Transfers
 from coldstart.repository import Repository
-from coldstart.resnapshot import Plan, Resnapshot, changed_paths, marks_of
+from coldstart.resnapshot import Resnapshot
 from coldstart.save import IN_THREAD, Saving
 from coldstart.stores import StoreOptions, open_store
 from coldstart.stores.memory import MemoryStore
@@ -70,7 +72,7 @@ def proven(monkeypatch: pytest.MonkeyPatch) -> type[Proven]:
         asked: list[Any] = []
         at_run = staticmethod(lambda proof: None)
 
-    monkeypatch.setattr(resnapshot, "Proof", OfThisTest)
+    monkeypatch.setattr(generation_making, "Proof", OfThisTest)
     monkeypatch.setattr(resnapshot, "POLL_SECONDS", 0.002)
     return OfThisTest
 
@@ -118,7 +120,7 @@ class World:
         self.at_work.append(found)
         return found
 
-    def made(self, *plans: Plan) -> list[resnapshot.Outcome]:
+    def made(self, *plans: Plan) -> list[Outcome]:
         """What became of plans that are due at once."""
         begun = self.begin(*plans)
         assert begun.wait_first(RUN_SECONDS)
@@ -201,7 +203,7 @@ def test_refused_by_the_proof(world: World, proven: type[Proven]) -> None:
 
     proven.at_run = staticmethod(refuse)
     (outcome,) = world.made(world.plan(weights()))
-    assert outcome == resnapshot.Outcome.none("it answered differently", "threads")
+    assert outcome == Outcome.none("it answered differently", "threads")
     assert world.look_up().ref is None
     assert world.seen.of(events.CaptureFailed)[0].error == "ProofError: it answered differently"
     assert world.saves.count == 0
@@ -321,7 +323,7 @@ def test_killed_saver(world: World, proven: type[Proven], tmp_path: Path, when: 
     killed = []
 
     def kill(_: Any = None) -> None:
-        writing = world.at_work[0]._writing
+        writing = world.at_work[0]._making._writing
         if writing is not None and not killed:
             killed.append(writing.saver._pid)  # type: ignore[attr-defined]
             os.kill(killed[0], signal.SIGKILL)
@@ -531,17 +533,17 @@ def test_when_a_plan_is_due(
 ) -> None:
     """A policy's condition holds from its number or its second on, and is counted anew after every attempt."""
     clock = FakeClock()
-    monkeypatch.setattr(resnapshot, "time", clock)
+    monkeypatch.setattr(due, "time", clock)
     plan = World().plan(weights(), created_seconds=clock.time())
     for round_ in range(2):
         begun_seconds, served = clock.monotonic(), 100 * round_
-        due = resnapshot._Due(plan, policy, 0)
+        condition = due.Due(plan, policy, 0)
         clock.advance(1e6)
-        due.restart(served)
+        condition.restart(served)
         clock.advance(before[1])
-        assert not due.is_met(served + before[0])
+        assert not condition.is_met(served + before[0])
         clock.advance(max(0.0, after[1] - before[1]))
-        assert due.is_met(served + after[0])
+        assert condition.is_met(served + after[0])
         assert clock.monotonic() > begun_seconds
 
 

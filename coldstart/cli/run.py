@@ -15,8 +15,8 @@ from coldstart.errors import EventError, UsageError
 if TYPE_CHECKING:
     import argparse
 
+    from coldstart.generation_plan import Outcome
     from coldstart.imports.watch import ImportWatch
-    from coldstart.resnapshot import Outcome
     from coldstart.worker import Worker
 
 

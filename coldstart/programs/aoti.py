@@ -23,7 +23,7 @@ from coldstart.programs.cpu import instruction_set
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from coldstart.programs.base import Array, Constant, ProgramFile
+    from coldstart.programs.base import Array, Constant
 
 OLDEST = (2, 13)
 """The first torch whose loader takes an unpacked package."""
@@ -78,11 +78,11 @@ class Aoti(Backend):
         _runtime()
 
     def load(
-        self, file: ProgramFile, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
+        self, file: memoryview, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Runner:
         """Load the package and bind the constants, which it keeps alive and, where they are a cache, writes to."""
         torch = _runtime()
-        loader = _unpacked(torch, file.data)
+        loader = _unpacked(torch, file)
         held = {constant.name: _tensor(torch, constant) for constant in constants}
         _check_names(set(loader.get_constant_fqns()), set(held))
         try:

@@ -27,28 +27,28 @@ _LINE = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)')
 _COMPILE_ERROR = re.compile(r"\berror: (.+)")
 
 
-def make(exported: ExportedProgram, *, file: Path, scratch: Path, threads: int = 1) -> Made:
+def make(exported: ExportedProgram, *, file: Path, scratch: Path) -> Made:
     """Compile ``exported``, whose arguments and results are flat tensors, into the package ``file`` (ending: .pt2).
 
     ``scratch``: a folder on disk for what the compiler needs while it works; nothing stays there or anywhere else.
-    ``threads``: compilers at a time. Raises ExportError.
+    One compiler works at a time. Raises ExportError.
     """
     _check_arrays(exported)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about its own code
-            return _made(exported, file, scratch, threads)
+            return _made(exported, file, scratch)
     except ExportError:
         raise
     except Exception as error:  # what a compiler raises has no common class
         raise ExportError(_obstacle(error)) from error
 
 
-def _made(exported: ExportedProgram, file: Path, scratch: Path, threads: int) -> Made:
+def _made(exported: ExportedProgram, file: Path, scratch: Path) -> Made:
     module = exported.module(check_guards=False)
     memory = _in_c_order(module)
     mutated = _mutated(exported, memory)
-    kept = _compiled(module, exported.example_inputs, file, scratch, threads)
+    kept = _compiled(module, exported.example_inputs, file, scratch)
     constants = tuple(_constant(name, tensor) for name, (tensor, _) in kept.items())
     return Made(file, constants, frozenset(_kept_name(name, memory, kept) for name in mutated))
 
@@ -170,14 +170,14 @@ def _constant(name: str, tensor: Any) -> Constant:
 
 
 def _compiled(
-    module: Any, example: tuple[tuple[Any, ...], dict[str, Any]], file: Path, scratch: Path, threads: int
+    module: Any, example: tuple[tuple[Any, ...], dict[str, Any]], file: Path, scratch: Path
 ) -> Mapping[str, Any]:
     """Compile into ``file``. Gives the program's constants as they were before, by its names of them."""
     import torch._inductor
     from torch._inductor.package.package import package_aoti
     from torch._inductor.utils import fresh_cache
 
-    options = {**SETTINGS, "compile_threads": threads}
+    options = {**SETTINGS, "compile_threads": 1}
     with tempfile.TemporaryDirectory(dir=scratch) as folder, fresh_cache(dir=folder, delete=False):
         made: Any = torch._inductor.aot_compile(module, *example, options=options)  # noqa: SLF001  documented as public
         package_aoti(os.fspath(file), {MODEL: [each for each in made if isinstance(each, str)]})

@@ -50,13 +50,6 @@ class Constant(NamedTuple):
     data: Any
 
 
-class ProgramFile(NamedTuple):
-    """A file of a program. ``data`` are its bytes in memory, ``place()`` writes it to disk once and returns its path."""
-
-    data: memoryview
-    place: Callable[[], str]
-
-
 class Runner(NamedTuple):
     """A loaded entry point. ``run`` takes and gives flat C-contiguous arrays of ``framework`` (``numpy``, ``torch``).
 
@@ -85,9 +78,9 @@ class Backend(ABC):
 
     @abstractmethod
     def load(
-        self, file: ProgramFile, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
+        self, file: memoryview, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Runner:
-        """Load one entry point, its constants used where they are. Raises ProgramError."""
+        """Load one entry point from its ``file``'s bytes, its constants used where they are. Raises ProgramError."""
 
 
 class Made(NamedTuple):

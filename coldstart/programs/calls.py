@@ -11,7 +11,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ProgramError
-from coldstart.programs.signature import check_call, framework_of, named_arguments, put_together, taken_apart
+from coldstart.programs.signature import (
+    called_with,
+    check_call,
+    framework_of,
+    named_arguments,
+    put_together,
+    taken_apart,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,10 +48,10 @@ class _Alone:
 class EagerCall(_Alone):
     """An entry point as the state's own code computes it, without gradients.
 
-    ``note``, if given, is told of every call: its structure, its arrays and its result, as the state's code gave it.
+    ``note``, if given, is told of every call: its structure and its arrays.
     """
 
-    def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays, Any], None] | None = None) -> None:
+    def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays], None] | None = None) -> None:
         self._point = point
         self._note = note
 
@@ -57,10 +64,10 @@ class EagerCall(_Alone):
         structure, arrays = taken_apart(named, "", entry=point.path)
         given = put_together(structure, [as_torch(array) for _, array in arrays])
         with torch.inference_mode():
-            result = point.function(**given) if _takes_names(given) else point.function(*given.values())
+            result = called_with(point.function, given)
         shape, results = taken_apart(result, "", entry=point.path)
         if self._note is not None:
-            self._note(structure, arrays, (shape, results))
+            self._note(structure, arrays)
         return put_together(shape, delivered([array for _, array in results], arrays))
 
 
@@ -121,8 +128,3 @@ def as_numpy(array: Any) -> Any:
     if str(tensor.dtype).removeprefix("torch.").startswith(_NARROW):
         tensor = tensor.float()
     return tensor.contiguous().numpy()
-
-
-def _takes_names(given: dict[str, Any]) -> bool:
-    """Whether the arguments can be passed by name; those of ``*args`` have only made-up ones."""
-    return not any(name.startswith("argument_") for name in given)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart.errors import ExportError, ProofError
 from coldstart.programs.calls import as_numpy
 from coldstart.programs.folder import CASES, ArrayReader, read_document, stored_of, write_document
-from coldstart.programs.signature import UNBOUNDED, put_together, taken_apart
+from coldstart.programs.signature import UNBOUNDED, called_with, put_together, taken_apart
 from coldstart.programs.tolerance import array_difference, limit_of
 from coldstart.programs.tracing import resized
 
@@ -173,11 +173,7 @@ def check_cases(folder: Path, calls: Mapping[str, Any], program: Program) -> int
     for number, case in enumerate(cases):
         path, signature = case["path"], entries[case["path"]].signature
         given = [arrays.array(stored_of(row)) for row in case["arrays"]]
-        result = (
-            calls[path](**put_together(signature.arguments, given))
-            if _by_name(signature)
-            else calls[path](*put_together(signature.arguments, given).values())
-        )
+        result = called_with(calls[path], put_together(signature.arguments, given))
         _, got = taken_apart(result, "", entry=path)
         for place, (row, (_, array)) in enumerate(zip(case["expected"], got, strict=True)):
             expected = as_numpy(arrays.array(stored_of(row)))
@@ -189,7 +185,3 @@ def check_cases(folder: Path, calls: Mapping[str, Any], program: Program) -> int
                     f" case {number} of {len(cases)} (inputs {shapes}); export(tolerance=...) sets what is allowed"
                 )
     return len(cases)
-
-
-def _by_name(signature: Signature) -> bool:
-    return not any(name.startswith("argument_") for name, _ in signature.arguments[1])

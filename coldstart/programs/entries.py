@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.definition import code_of
 from coldstart.errors import HandlerError
+from coldstart.programs.signature import POSITION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _STEP = re.compile(r'(?:\A|(?!\A)\.)([A-Za-z_]\w*)|\[(-?\d+|"(?:[^"\\]|\\.)*")\]')
 _VARIABLE = 0x04  # inspect.CO_VARARGS
+_MOST_POSITIONS = 16
+"""Parameters of a function that does not say how many it has."""
 
 
 class EntryPoint(NamedTuple):
@@ -157,9 +160,13 @@ def _parameters(found: Any, *, is_module: bool) -> tuple[str, ...]:
         function = function.__call__  # an object with a call of its own
     code = code_of(function)
     if code is None:
-        return tuple(f"argument_{place}" for place in range(16))
+        return _positions(0)
     names: tuple[str, ...] = code.co_varnames[: code.co_argcount]
     names = names[1:] if hasattr(function, "__self__") else names
     if code.co_flags & _VARIABLE:
-        names += tuple(f"argument_{place}" for place in range(len(names), 16))
+        names += _positions(len(names))
     return names
+
+
+def _positions(first: int) -> tuple[str, ...]:
+    return tuple(f"{POSITION}{place}" for place in range(first, _MOST_POSITIONS))

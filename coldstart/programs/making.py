@@ -65,7 +65,7 @@ def make_program(
         for path in export.entry
     ]
     initial.put_back()
-    count = writer.write(_in_order(recorder, calls), folder)
+    count = writer.write(recorder.calls, folder)
     arrays.close()
     document = {
         "backend": backend,
@@ -81,15 +81,9 @@ def make_program(
 def _calls(export: Export, recorder: Recorder, path: str) -> list[Call]:
     """The recorded calls of an entry point, and those that ``export(example=...)`` adds."""
     point = recorder.points[path]
-    examples = [given_call(point, values, None) for values in export.example.get(path, ())]
-    if not examples:
-        return recorder.of(path)
+    examples = [given_call(point, values) for values in export.example.get(path, ())]
     recorder.calls += examples
     return recorder.of(path)
-
-
-def _in_order(recorder: Recorder, calls: Mapping[str, list[Call]]) -> list[Call]:
-    return [call for call in recorder.calls if call.path in calls]
 
 
 def _make(backend: str, traced: Traced, file: Path, path: str) -> Made:

@@ -17,7 +17,7 @@ from coldstart.programs.cpu import instruction_set
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from coldstart.programs.base import Array, Constant, ProgramFile
+    from coldstart.programs.base import Array, Constant
 
 OLDEST = (1, 20)
 _REMEDY = "pip install 'coldstart-gpu[onnx]'"
@@ -43,7 +43,7 @@ class Onnx(Backend):
         _runtime()
 
     def load(
-        self, file: ProgramFile, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
+        self, file: memoryview, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Runner:
         """Make a session of the graph around the constants."""
         runtime = _runtime()
@@ -56,7 +56,7 @@ class Onnx(Backend):
             options.add_external_initializers([name for name, _ in held], [value for _, value in held])
             for name, value in held:
                 options.add_initializer(name, value)
-            session = runtime.InferenceSession(bytes(file.data), options, providers=["CPUExecutionProvider"])
+            session = runtime.InferenceSession(bytes(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's own exceptions have no common class
             raise ProgramError(f"ONNX Runtime refused the program: {type(error).__name__}: {error}") from error
         return Runner("numpy", _Session(session, held, inputs, outputs).run)

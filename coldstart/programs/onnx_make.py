@@ -20,12 +20,11 @@ _WEIGHTS = "weights"
 _EXTRA = "pip install 'coldstart-gpu[onnx-export]' where snapshots are made"
 
 
-def make(exported: Any, *, file: Path, scratch: Path, threads: int = 1) -> Made:
-    """Make the program of one entry point and write its graph to ``file``; one thread works at it, whatever ``threads`` says.
+def make(exported: Any, *, file: Path, scratch: Path) -> Made:
+    """Make the program of one entry point and write its graph to ``file``.
 
     The constants are mapped from a file beside it, which has to stay until they have been used. Raises ExportError.
     """
-    del threads
     _refuse_mutation(exported)
     _refuse_narrow(exported)
     plain = scratch / f"{file.name}.plain"

@@ -6,6 +6,7 @@ calls write to (a cache) is memory of its own: none is stored where it is all ze
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.manifest import NO_BUFFER, Pool
@@ -135,10 +136,7 @@ def _candidates(survey: Survey | None) -> dict[int, list[Leaf]]:
     for each in survey.leaves if survey is not None else ():
         leaf = each.leaf
         if leaf.buffer != NO_BUFFER and leaf.offset_bytes % SHARED_ALIGNMENT_BYTES == 0 and _is_contiguous(leaf):
-            length_bytes = leaf.item_bytes
-            for size in leaf.shape:
-                length_bytes *= size
-            found.setdefault(length_bytes, []).append(leaf)
+            found.setdefault(math.prod(leaf.shape) * leaf.item_bytes, []).append(leaf)
     return found
 
 

@@ -19,13 +19,12 @@ MOST_CALLS = 256
 
 
 class Call(NamedTuple):
-    """A call of an entry point: its structure, names and copies of its arrays (tensors), and the structure of its result."""
+    """A call of an entry point: its structure, and names and copies of its arrays (tensors)."""
 
     path: str
     structure: Any
     names: tuple[str, ...]
     arrays: tuple[Any, ...]
-    results: Any
 
 
 class Recorder:
@@ -40,16 +39,16 @@ class Recorder:
         self.before: dict[int, Any] = {}
         self._lock = threading.Lock()
 
-    def at(self, point: EntryPoint) -> Callable[[Any, Sequence[tuple[str, Any]], Any], None]:
+    def at(self, point: EntryPoint) -> Callable[[Any, Sequence[tuple[str, Any]]], None]:
         """What ``EagerCall`` tells the calls of this entry point to."""
         self.points[point.path] = point
         for buffer in _buffers(point):
             self.before.setdefault(buffer.data_ptr(), buffer.detach().clone())
 
-        def note(structure: Any, arrays: Sequence[tuple[str, Any]], result: Any) -> None:
+        def note(structure: Any, arrays: Sequence[tuple[str, Any]]) -> None:
             with self._lock:
                 if len(self.calls) < MOST_CALLS:
-                    self.calls.append(_call(point.path, structure, arrays, result[0]))
+                    self.calls.append(_call(point.path, structure, arrays))
 
         return note
 
@@ -78,16 +77,16 @@ def _buffers(point: EntryPoint) -> list[Any]:
     return list(owner.buffers()) if isinstance(owner, torch.nn.Module) else []
 
 
-def given_call(point: EntryPoint, values: Mapping[str, Any], results: Any) -> Call:
+def given_call(point: EntryPoint, values: Mapping[str, Any]) -> Call:
     """A call that ``export(example=...)`` names. Raises ProgramCallError for values that no call could pass."""
     named = named_arguments(point.parameters, (), values, entry=point.path)
     structure, arrays = taken_apart(named, "", entry=point.path)
-    return _call(point.path, structure, arrays, results)
+    return _call(point.path, structure, arrays)
 
 
-def _call(path: str, structure: Any, arrays: Sequence[tuple[str, Any]], results: Any) -> Call:
+def _call(path: str, structure: Any, arrays: Sequence[tuple[str, Any]]) -> Call:
     names = tuple(name for name, _ in arrays)
-    return Call(path, structure, names, tuple(as_torch(array).clone() for _, array in arrays), results)
+    return Call(path, structure, names, tuple(as_torch(array).clone() for _, array in arrays))
 
 
 def _shown(structure: Any) -> str:

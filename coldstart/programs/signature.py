@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from coldstart.errors import ProgramCallError, ProgramError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from coldstart.programs.base import Array
 
 MAX_DEPTH = 16
 UNBOUNDED = 1 << 40
 """The largest size of a dimension that has no other limit."""
+
+POSITION = "argument_"
+"""How made-up names begin: those of parameters whose own cannot be seen, and of what ``*args`` takes."""
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -89,6 +92,13 @@ def named_arguments(
     given = {**named, **options}
     order = {name: place for place, name in enumerate(parameters)}
     return dict(sorted(given.items(), key=lambda pair: (order.get(pair[0], len(order)), pair[0])))
+
+
+def called_with(function: Callable[..., Any], named: Mapping[str, Any]) -> Any:
+    """Call ``function`` with the arguments that ``named_arguments`` gave: by position if any has only a made-up name."""
+    if any(name.startswith(POSITION) for name in named):
+        return function(*named.values())
+    return function(**named)
 
 
 def taken_apart(value: Any, name: str, *, entry: str) -> tuple[Any, list[tuple[str, Any]]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import ExportError
 from coldstart.programs.base import Array
-from coldstart.programs.signature import UNBOUNDED, Signature, put_together, taken_apart
+from coldstart.programs.signature import UNBOUNDED, Signature, called_with, put_together, taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -65,9 +65,7 @@ def flat_module(point: EntryPoint, structure: Any) -> Any:
 
 
 def _called(point: EntryPoint, structure: Any, leaves: Sequence[Any]) -> Any:
-    named = put_together(structure, leaves)
-    by_name = not any(name.startswith("argument_") for name in named)
-    return point.function(**named) if by_name else point.function(*named.values())
+    return called_with(point.function, put_together(structure, leaves))
 
 
 def _results_structure(point: EntryPoint, structure: Any, example: Sequence[Any]) -> Any:
