@@ -154,7 +154,7 @@ class GenerationMaking:
         self._holding = taken
         replaces = repository.look_up(name, key)
         if not wish.is_fresh and _has_program(repository, replaces, accepted.identities[0], wish.options):
-            return self.skip(plan, "another worker made the program")
+            return self.skip(plan, "another worker made the program")._replace(program=wish.backend)
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
         except (ExportError, ProofError) as error:
@@ -255,7 +255,7 @@ class GenerationMaking:
         if not group:
             yield
             return
-        turns = Turns(group, self._idle)
+        turns = Turns(group, self._give_way)
         self._group = group
         if self._is_waited_for:
             hurry(group)
@@ -294,9 +294,14 @@ class GenerationMaking:
         """Between two chunks: give way to events for a moment, and end when the worker does."""
         if self.stopping.is_set():
             raise CaptureError(STOPPED)
-        if self._holding is not None:
-            self._holding.keep()
-        self._idle(0.0)
+        self._give_way(0.0)
+
+    def _give_way(self, seconds: float) -> None:
+        """Wait for an idle moment, as long as it takes with the lease: compiling a program takes longer than one lasts."""
+        holding = self._holding
+        if holding is not None:
+            holding.keep()
+        self._idle(seconds)
 
     def _check_unchanged(self, plan: Plan) -> None:
         if plan.capture.survey is None:

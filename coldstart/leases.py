@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from contextlib import suppress
 from random import random
@@ -77,18 +78,23 @@ class Holding:
         self._leases = leases
         self._lease = lease
         self._renewed_seconds = time.monotonic()
+        self._lock = threading.Lock()
 
     def keep(self) -> None:
-        """Renew the lease if a third of its time is over. One that was lost is not taken back."""
+        """Renew the lease if a third of its time is over. One that was lost is not taken back. From any thread."""
         if self._lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
             return
-        self._renewed_seconds = time.monotonic()
-        with suppress(StoreError):
-            self._lease = self._leases.renew(self._lease)
+        with self._lock:
+            if self._lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
+                return
+            self._renewed_seconds = time.monotonic()
+            with suppress(StoreError):
+                self._lease = self._leases.renew(self._lease)
 
     def end(self) -> None:
         """Release the lease."""
-        lease, self._lease = self._lease, None
+        with self._lock:
+            lease, self._lease = self._lease, None
         if lease is not None:
             self._leases.release(lease)
 

@@ -180,7 +180,7 @@ def _unpacked(torch: Any, data: memoryview) -> Any:
     import zipfile
 
     try:
-        with tempfile.TemporaryDirectory(prefix="coldstart-program-") as folder:
+        with tempfile.TemporaryDirectory(prefix="coldstart-package-") as folder:
             zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
             return _loader(torch, folder)
     except (zipfile.BadZipFile, EOFError) as error:
