@@ -82,14 +82,15 @@ class Holding:
 
     def keep(self) -> None:
         """Renew the lease if a third of its time is over. One that was lost is not taken back. From any thread."""
-        if self._lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
+        if time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
             return
         with self._lock:
-            if self._lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
+            lease = self._lease
+            if lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
                 return
             self._renewed_seconds = time.monotonic()
             with suppress(StoreError):
-                self._lease = self._leases.renew(self._lease)
+                self._lease = self._leases.renew(lease)
 
     def end(self) -> None:
         """Release the lease."""

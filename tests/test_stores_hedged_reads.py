@@ -19,7 +19,7 @@ from coldstart.stores.location import locate
 from coldstart.stores.retrying import RetryingStore
 from coldstart.stores.s3_reader import ReadingS3Store, S3Reader
 from tests.raw_server import RawServer, Said, said, said_range
-from tests.test_stores_s3_reader import SECRETS, certificate, lasting_server, server, tls_server, wire
+from tests.test_stores_s3_reader import SECRETS, lasting_server, server, tls_server, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
