@@ -24,7 +24,7 @@ from tests.test_stores_s3_reader import SECRETS, lasting_server, server, tls_ser
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["certificate", "lasting_server", "server", "tls_server", "wire"]  # fixtures
+__all__ = ["lasting_server", "server", "tls_server", "wire"]  # fixtures
 
 PATIENCE_MS = 30_000
 BODY = bytes(range(256)) * 1200
