@@ -29,6 +29,7 @@ from coldstart.early import (
 from coldstart.errors import (
     AccessDeniedError,
     KeyUncomputableError,
+    ProgramCallError,
     ProgramError,
     ProofError,
     StateMismatchError,
@@ -86,6 +87,8 @@ class Part:
         """The program that this start runs, if it has one."""
         self.program_obstacle = ""
         """Why it has none, where the handler asks for one."""
+        self.unfit_program_generation = 0
+        """The generation whose program failed the warm-up of this start, 0 for none."""
         self.lookup: Lookup | None = None
         self.state: Any = None
         self.survey: Survey | None = None
@@ -293,6 +296,21 @@ class Parts:
                 bind_arrays(outcome, self.subject(skeleton), besides=owners(definition, skeleton))
         part.program = program
         return (in_place(definition, skeleton, calls),)
+
+    def leave_program(self, error: BaseException) -> bool:
+        """After a failed warm-up: whether ``error`` is the program's, and the start is to be tried again without it.
+
+        The handler is no part of the key, so a program may be older than the way in which it is called.
+        """
+        part = self.parts[0]
+        cause = _of_program(error)
+        if part.program is None or part.key is None or part.lookup is None or cause is None or self._services.pinned:
+            return False
+        part.unfit_program_generation = part.lookup.ref.generation if part.lookup.ref is not None else 0
+        part.program, part.restored, part.kind, part.reason = None, None, "cold", ""
+        self._pass_over(part, f"the handler cannot be answered by it: {cause}")
+        part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
+        return True
 
     def _pass_over(self, part: Part, reason: str) -> None:
         """The start goes on without the generation's program."""
@@ -526,3 +544,10 @@ class Parts:
         if not self._services.settings.capture or self._services.pinned:
             return "captures are switched off"
         return UNSIGNED if self.open_repository().seals.refuses_own else ""
+
+
+def _of_program(error: BaseException | None) -> ProgramError | ProgramCallError | None:
+    """The error of a program that ``error`` is, or was raised from."""
+    while error is not None and not isinstance(error, (ProgramError, ProgramCallError)):
+        error = error.__cause__ or error.__context__
+    return error

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
+from coldstart.caches import own_files
 from coldstart.capture import Encoding, Writing, kind_of
 from coldstart.definition import Policy
 from coldstart.errors import (
@@ -76,6 +77,7 @@ class ProgramWish(NamedTuple):
     ``accepted`` tells, when it is due, whether this platform can run it and the store may give it. ``is_fresh``: try even
     if it failed before. ``answers``: those of the first warm-up, as JSON values. ``tolerance``: by dtype, where it is not the
     default. ``outside``: whether the array at a path is needed beside the program; None: none is.
+    ``unfit_generation``: one whose program is not called like that any more, 0 for none.
     """
 
     backend: str
@@ -85,6 +87,7 @@ class ProgramWish(NamedTuple):
     answers: tuple[Any, ...]
     tolerance: Mapping[str, float]
     outside: Callable[[str], bool] | None
+    unfit_generation: int = 0
 
 
 class Outcome(NamedTuple):
@@ -275,7 +278,8 @@ class Resnapshot:
             return self._postpone(plan, taken, "", self._make_program)
         self._holding = taken
         replaces = repository.look_up(name, key)
-        if not wish.is_fresh and _has_program(repository, replaces, accepted.identities[0], wish.options):
+        is_unfit = replaces.ref is not None and replaces.ref.generation == wish.unfit_generation
+        if not (wish.is_fresh or is_unfit) and _has_program(repository, replaces, accepted.identities[0], wish.options):
             return self._skip(plan, "another worker made the program")
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
@@ -290,7 +294,7 @@ class Resnapshot:
         wish = plan.program
         assert wish is not None
         with making_folder() as folder:
-            pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
+            pinned = {plan.capture.name: replaces.ref.manifest} if _has_state(repository, replaces) else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             self._child = ProgramMaking(
                 plan.origin, pinned, repository.store.url, folder, wish.backend, beside=self._between_events
@@ -421,6 +425,17 @@ class Resnapshot:
                 " from the changed bytes",
                 snapshot=plan.capture.name,
             )
+
+
+def _has_state(repository: Repository, replaces: Lookup) -> bool:
+    """Whether a start without a program can use the current generation, and so need not run ``load``."""
+    if replaces.ref is None:
+        return False
+    try:
+        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
+    except (StoreError, SnapshotError):
+        return False
+    return manifest.rung != "files" or bool(own_files(manifest))
 
 
 def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:

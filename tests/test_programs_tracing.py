@@ -151,6 +151,31 @@ def test_data_dependent_control_flow() -> None:
     assert "export another entry point, change that line, or leave program= out: starts stay eager" in said
 
 
+def test_training_mode() -> None:
+    """Layers that answer otherwise in training mode are refused in it, with the remedy; a mode that changes nothing is kept."""
+    state = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    point, recorder = recorded(state, "", {"input": torch.zeros(2, 4)})
+    with pytest.raises(ExportError, match=r"1 \(Dropout\) is in training mode.*have load call \.eval\(\) on the model"):
+        trace(point, recorder.of(""), {})
+    state.eval()
+    assert trace(point, recorder.of(""), {}).signature.inputs[0].shape == (2, 4)
+
+
+class Switched(torch.nn.Module):
+    """Computes otherwise in training mode, without a layer that shows it."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 3 if self.training else x
+
+
+@pytest.mark.parametrize(("training", "factor"), [(True, 3), (False, 1)])
+def test_mode_of_the_state(training: bool, factor: int) -> None:
+    """The program computes what the state computes in the mode that ``load`` left it in."""
+    point, recorder = recorded(Switched().train(training), "", {"x": torch.ones(3)})
+    exported = trace(point, recorder.of(""), {}).exported
+    assert exported.module()(torch.ones(3))[0].tolist() == [factor] * 3
+
+
 def test_users_error_while_it_is_traced() -> None:
     """Code that cannot be traced because it leaves torch is an ExportError too, with the line."""
 
