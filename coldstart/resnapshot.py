@@ -272,7 +272,9 @@ class Resnapshot:
         identity = f"{accepted.identities[0]}-{wish.options}"
         earlier = "" if wish.is_fresh else refusal(repository.store, name, key, identity)
         if earlier:
-            return Outcome.none(f"it was tried before: {earlier}")._replace(program=wish.backend)
+            return Outcome.none(f"it was tried before: {earlier} (COLDSTART_FRESH=on tries again)")._replace(
+                program=wish.backend
+            )
         taken = hold(repository, name)
         if isinstance(taken, Held):
             return self._postpone(plan, taken, "", self._make_program)
@@ -294,7 +296,8 @@ class Resnapshot:
         wish = plan.program
         assert wish is not None
         with making_folder() as folder:
-            pinned = {plan.capture.name: replaces.ref.manifest} if _has_state(repository, replaces) else {}
+            manifest = _usable_without(repository, replaces)
+            pinned = {plan.capture.name: manifest} if manifest else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             self._child = ProgramMaking(
                 plan.origin, pinned, repository.store.url, folder, wish.backend, beside=self._between_events
@@ -427,15 +430,15 @@ class Resnapshot:
             )
 
 
-def _has_state(repository: Repository, replaces: Lookup) -> bool:
-    """Whether a start without a program can use the current generation, and so need not run ``load``."""
+def _usable_without(repository: Repository, replaces: Lookup) -> str:
+    """The key of the current generation's manifest, "" where a start without a program cannot use it and has to run ``load``."""
     if replaces.ref is None:
-        return False
+        return ""
     try:
         manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
     except (StoreError, SnapshotError):
-        return False
-    return manifest.rung != "files" or bool(own_files(manifest))
+        return ""
+    return replaces.ref.manifest if manifest.rung != "files" or own_files(manifest) else ""
 
 
 def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:

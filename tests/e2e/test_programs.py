@@ -311,7 +311,7 @@ def test_code_that_cannot_be_exported(project: Project) -> None:
     eager(second, "")
     assert second.output == start.output
     (program,) = second.document["captures"]
-    assert program["reason"] == f"it was tried before: {reason}"
+    assert program["reason"] == f"it was tried before: {reason} (COLDSTART_FRESH=on tries again)"
     assert len(project.objects("manifests")) == 1
     third = made(project, "--fresh", "--input", ASK)
     state, program = third.document["captures"]
