@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from coldstart.errors import ExportError, ProgramCallError
+from coldstart.exports import export
+from coldstart.programs.calls import EagerCall
+from coldstart.programs.making import make_program
 from coldstart.programs.recording import Recorder, given_call
 from coldstart.programs.signature import UNBOUNDED
 from coldstart.programs.tracing import resized, trace
@@ -16,6 +19,7 @@ from tests.programs import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from coldstart.programs.signature import Signature
     from coldstart.programs.tracing import Traced
@@ -242,3 +246,27 @@ def test_recorded_arrays_are_copies() -> None:
     _, recorder = recorded(lambda x: x * 2, "", {"x": array})
     array[:] = -1
     assert recorder.of("")[0].arrays[0].tolist() == x_of(2).tolist()
+
+
+def test_calls_after_the_warm_up() -> None:
+    """Calls that an entry point makes of another one while it is traced are none of the warm-up's."""
+    point, recorder = recorded(Switched().eval(), "", {"x": torch.ones(3)})
+    call = EagerCall(point, recorder.at(point))
+    call(x=torch.ones(3))
+    recorder.end()
+    call(x=torch.ones(3))
+    assert len(recorder.of("")) == 2
+
+
+class Doubling(torch.nn.Module):
+    """Works in place on what it is given."""
+
+    def forward(self, x: Any) -> Any:
+        return x.mul_(2)
+
+
+def test_argument_that_is_written_to(tmp_path: Path) -> None:
+    """An argument that is changed in place is refused by its name in the call, with the remedy."""
+    _, recorder = recorded(Doubling(), "", {"x": torch.ones(3)})
+    with pytest.raises(ExportError, match=r"writes to its argument 'x': let it work on a copy \(x\.clone\(\)\)"):
+        make_program(export(), recorder, "onnx", tmp_path, device_type="cpu")
