@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coldstart import events
+from coldstart.caches import own_files
 from coldstart.capture import Writing
 from coldstart.errors import CaptureError, ExportError, ProofError, SnapshotError, StateChangedError, StoreError
 from coldstart.generation_plan import Outcome
@@ -147,13 +148,16 @@ class GenerationMaking:
         identity = f"{accepted.identities[0]}-{wish.options}"
         earlier = "" if wish.is_fresh else refusal(repository.store, name, key, identity)
         if earlier:
-            return Outcome.none(f"it was tried before: {earlier}")._replace(program=wish.backend)
+            return Outcome.none(f"it was tried before: {earlier} (COLDSTART_FRESH=on tries again)")._replace(
+                program=wish.backend
+            )
         taken = hold(repository, name)
         if isinstance(taken, Held):
             return taken
         self._holding = taken
         replaces = repository.look_up(name, key)
-        if not wish.is_fresh and _has_program(repository, replaces, accepted.identities[0], wish.options):
+        is_unfit = replaces.ref is not None and replaces.ref.generation == wish.unfit_generation
+        if not (wish.is_fresh or is_unfit) and _has_program(repository, replaces, accepted.identities[0], wish.options):
             return self.skip(plan, "another worker made the program")._replace(program=wish.backend)
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
@@ -176,7 +180,8 @@ class GenerationMaking:
         wish = plan.program
         assert wish is not None
         with making_folder() as folder:
-            pinned = {plan.capture.name: replaces.ref.manifest} if replaces.ref is not None else {}
+            manifest = _usable_without(repository, replaces)
+            pinned = {plan.capture.name: manifest} if manifest else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             child = ProgramMaking(
                 plan.origin, pinned, repository.store.url, folder, wish.backend, beside=self._between_events
@@ -315,6 +320,17 @@ class GenerationMaking:
                 " from the changed bytes",
                 snapshot=plan.capture.name,
             )
+
+
+def _usable_without(repository: Repository, replaces: Lookup) -> str:
+    """The key of the current generation's manifest, "" where a start without a program cannot use it and has to run ``load``."""
+    if replaces.ref is None:
+        return ""
+    try:
+        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
+    except (StoreError, SnapshotError):
+        return ""
+    return replaces.ref.manifest if manifest.rung != "files" or own_files(manifest) else ""
 
 
 def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:

@@ -36,6 +36,7 @@ class ProgramWish(NamedTuple):
     ``accepted`` tells, when it is due, whether this platform can run it and the store may give it. ``is_fresh``: try even
     if it failed before. ``answers``: those of the first warm-up, as JSON values. ``tolerance``: by dtype, where it is not the
     default. ``outside``: whether the array at a path is needed beside the program; None: none is.
+    ``unfit_generation``: one whose program is not called like that any more, 0 for none.
     """
 
     backend: str
@@ -45,6 +46,7 @@ class ProgramWish(NamedTuple):
     answers: tuple[Any, ...]
     tolerance: Mapping[str, float]
     outside: Callable[[str], bool] | None
+    unfit_generation: int = 0
 
 
 class Outcome(NamedTuple):

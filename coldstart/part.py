@@ -35,6 +35,8 @@ class Part:
         """The program that this start runs, if it has one."""
         self.program_obstacle = ""
         """Why it has none, where the handler asks for one."""
+        self.unfit_program_generation = 0
+        """The generation whose program failed the warm-up of this start, 0 for none."""
         self.lookup: Lookup | None = None
         self.state: Any = None
         self.survey: Survey | None = None

@@ -58,7 +58,7 @@ class Restorer:
         except (ProgramError, ProofError, StoreSetupError) as error:
             if self._services.pinned.get(part.snapshot):
                 raise
-            self._pass_over(part, f"{error}")
+            pass_over(part, f"{error}", self._services.bus)
         restoration.cancel()
         assert part.key is not None
         part.restoration = restoration_of(part.snapshot, part.key, self._open_repository, self._device, self._services)
@@ -101,11 +101,6 @@ class Restorer:
                 bind_arrays(restored, subject(definition, skeleton), besides=owners(definition, skeleton))
         part.program = program
         return in_place(definition, skeleton, calls)
-
-    def _pass_over(self, part: Part, reason: str) -> None:
-        """The start goes on without the generation's program."""
-        part.program_obstacle = reason
-        self._services.bus.publish(events.ProgramPassedOver(part.snapshot, reason))
 
     def _restore_state(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
         """The restored state itself, by its rung."""
@@ -173,3 +168,9 @@ class Restorer:
     @property
     def _files_folder(self) -> Path:
         return Path(self._services.settings.files_folder)
+
+
+def pass_over(part: Part, reason: str, bus: events.EventBus) -> None:
+    """The start goes on without the generation's program."""
+    part.program_obstacle = reason
+    bus.publish(events.ProgramPassedOver(part.snapshot, reason))

@@ -25,11 +25,19 @@ from coldstart.early import (
     restoration_of,
     snapshot_name,
 )
-from coldstart.errors import AccessDeniedError, KeyUncomputableError, StateMismatchError, StoreError, StoreSetupError
+from coldstart.errors import (
+    AccessDeniedError,
+    KeyUncomputableError,
+    ProgramCallError,
+    ProgramError,
+    StateMismatchError,
+    StoreError,
+    StoreSetupError,
+)
 from coldstart.keys import key_from_functions
 from coldstart.part import Part
 from coldstart.part_loading import Loader
-from coldstart.part_restoring import Restorer
+from coldstart.part_restoring import Restorer, pass_over
 from coldstart.program_start import NONE as NO_PROGRAMS
 from coldstart.program_start import eager_entries
 from coldstart.recovery import LOAD, check_load
@@ -108,6 +116,21 @@ class Parts:
             if (base / path).exists():
                 context.keep(base / path, name=name)
         return context
+
+    def leave_program(self, error: BaseException) -> bool:
+        """After a failed warm-up: whether ``error`` is the program's, and the start is to be tried again without it.
+
+        The handler is no part of the key, so a program may be older than the way in which it is called.
+        """
+        part = self.parts[0]
+        cause = _of_program(error)
+        if part.program is None or part.key is None or part.lookup is None or cause is None or self._services.pinned:
+            return False
+        part.unfit_program_generation = part.lookup.ref.generation if part.lookup.ref is not None else 0
+        part.program, part.restored, part.kind, part.reason = None, None, "cold", ""
+        pass_over(part, f"the handler cannot be answered by it: {cause}", self._services.bus)
+        part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
+        return True
 
     # --- what the start record says ----------------------------------------------------------------------------------
 
@@ -315,3 +338,10 @@ class Parts:
         if not self._services.settings.capture or self._services.pinned:
             return "captures are switched off"
         return UNSIGNED if self.open_repository().seals.refuses_own else ""
+
+
+def _of_program(error: BaseException | None) -> ProgramError | ProgramCallError | None:
+    """The error of a program that ``error`` is, or was raised from."""
+    while error is not None and not isinstance(error, (ProgramError, ProgramCallError)):
+        error = error.__cause__ or error.__context__
+    return error

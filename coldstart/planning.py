@@ -102,6 +102,7 @@ class Planner:
             report.answers,
             dict(export.tolerance),
             outside,
+            part.unfit_program_generation,
         )
 
     def _further_plan(self, part: Part, digests: tuple[str, ...], wish: ProgramWish | None) -> Plan | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from coldstart.errand import Errand
-from coldstart.errors import ExportError
+from coldstart.errors import ExportError, StoreSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -99,8 +99,15 @@ class ProgramMaking:
         )
 
     def run(self) -> int:
-        """Make it; returns how many cases there are to prove it by. Raises ExportError."""
+        """Make it; returns how many cases there are to prove it by. Raises ExportError.
+
+        Raises StoreSetupError where it is this machine that lacks the room, and another may make it.
+        """
         result = self._errand.run(MAKING_SECONDS)
+        if result.get("room"):
+            raise StoreSetupError(
+                f"this machine has no room to make the program: {result['room']}; set TMPDIR to a folder with room"
+            )
         if "error" in result:
             raise ExportError(result["error"])
         return int(result["cases"])

@@ -185,21 +185,12 @@ class Worker(Answering):
         )
         parts = Parts(definition, self._services, self.timeline, self._early, self._loops)
         events.bus.publish(events.StartBegan(name, parts.key_digest, self.timeline.clock()))
-        state = phases.run("weight_load", parts.load_state)
-        self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
-        self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
-        phases.run("pool_alloc", None, reason=parts.pools_told)
-        compiled = phases.run(
-            "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
-        )
-        state = state if compiled is None else compiled
-        made = phases.run(
-            "custom_init", self._hook(definition.init, parts.context, state), reason="no init=", otherwise=state
-        )
-        self.model = state if definition.owner is not None else made
-        inputs = definition.warmup.inputs
-        warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
-        report = self.warmup = warmed or WarmupReport((), 0, 0)
+        try:
+            report = self._make_model(phases, parts)
+        except ColdstartError as error:
+            if not parts.leave_program(error):
+                raise
+            report = self._make_model(phases, parts)
         self._parts = parts
         plans, reason = plan_captures(parts, definition, report, events.bus)
         self.capture_reason = "" if plans else reason
@@ -220,6 +211,26 @@ class Worker(Answering):
             saves=self.metrics.saves,
         )
         events.bus.publish(events.WorkerReady(name, self.kind, parts.reason, self.timeline.clock()))
+
+    def _make_model(self, phases: Phases, parts: Parts) -> WarmupReport:
+        """The phases, in their order: afterwards ``model`` is what the handler gets. What the warm-up did."""
+        definition = self.definition
+        state = phases.run("weight_load", parts.load_state)
+        self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
+        self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
+        phases.run("pool_alloc", None, reason=parts.pools_told)
+        compiled = phases.run(
+            "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
+        )
+        state = state if compiled is None else compiled
+        made = phases.run(
+            "custom_init", self._hook(definition.init, parts.context, state), reason="no init=", otherwise=state
+        )
+        self.model = state if definition.owner is not None else made
+        inputs = definition.warmup.inputs
+        warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
+        self.warmup = warmed or WarmupReport((), 0, 0)
+        return self.warmup
 
     def _hook(self, hook: Callable[..., Any] | None, context: Any, state: Any) -> Callable[[], Any] | None:
         """A user's ``compile``, ``init`` or ``after_restore`` as work to do; in class form ``state`` is the instance itself."""

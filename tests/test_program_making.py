@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from coldstart.cli.errand import want_of_room
+from coldstart.errors import ExportError
 from coldstart.program_making import making_folder
 
 if TYPE_CHECKING:
@@ -62,3 +65,33 @@ def test_what_a_killed_worker_left(temporary: Path) -> None:
         with making_folder():
             assert os.path.isdir(folder)
     os.close(lock)
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    """The error as it is when it was raised from ``cause``."""
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, "OSError: [Errno 28] No space left on device"),
+        (raised(ExportError("it cannot be exported"), FULL), "OSError: [Errno 28] No space left on device"),
+        (
+            raised(ExportError("no"), RuntimeError("write: No space left on device")),
+            "RuntimeError: write: No space left",
+        ),
+        (raised(ExportError("no"), MemoryError("too much")), "MemoryError: too much"),
+        (raised(ExportError("it cannot be exported"), OSError(errno.ENOENT, "No such file")), ""),
+        (ExportError("it cannot be exported"), ""),
+    ],
+)
+def test_want_of_room(error: Exception, said: str) -> None:
+    """A full disk is told from what is wrong with a program: the first is this machine's, and is not noted for all."""
+    found = want_of_room(error)
+    assert found.startswith(said)
+    assert bool(found) == bool(said)

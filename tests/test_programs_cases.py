@@ -55,6 +55,13 @@ class GreetingOfOne(Greeting):
         return x * 1.75
 
 
+class OneIsSpecial(Mean):
+    """A computation that a batch of one takes another way through."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 2 if x.shape[0] == 1 else x
+
+
 class Remembering(torch.nn.Module):
     """A sum over all calls, in a buffer."""
 
@@ -120,7 +127,7 @@ def rows(count: int, scale: float = 1.0) -> Any:
 def test_right_program(tmp_path: Path) -> None:
     """The state's own computation passes its cases: the recorded calls, and sequences of others, each twice."""
     proof = Proof(tmp_path, Mean(), rows(2), rows(3))
-    assert proof.count == 2 + 3 * 2 * 2
+    assert proof.count == 2 + 2 + 3 * 2 * 2
     assert proof.check(Mean()) == proof.count
 
 
@@ -131,6 +138,13 @@ def test_size_that_is_baked_in(tmp_path: Path) -> None:
         ProofError, match=r"the program is not the state's own code: result 0 of entry point '' is off by"
     ):
         proof.check(MeanOfThree())
+
+
+def test_size_of_one(tmp_path: Path) -> None:
+    """An export takes a size of 1 for any other: whether the state's own code does is asked first, not left to chance."""
+    proof = Proof(tmp_path, OneIsSpecial(), rows(2), rows(3))
+    with pytest.raises(ProofError, match=r"is off by .* in case 2 of \d+ \(inputs \(1, 4\)\)"):
+        proof.check(OneIsSpecial())
 
 
 def test_value_that_is_baked_in(tmp_path: Path) -> None:

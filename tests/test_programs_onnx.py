@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,6 +261,25 @@ def test_runtime_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ProgramRuntimeError, match=r"ONNX Runtime cannot be imported: .*onnxruntime"):
         Onnx().import_runtime()
+
+
+REPORTING = """
+import os, sys
+from coldstart.programs.onnx import Onnx
+
+Onnx().import_runtime()
+print(os.environ["ORT_DISABLE_TELEMETRY"], os.listdir(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, "1 []"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0 ")])
+def test_runtime_does_not_report(given: dict[str, str], said: str, tmp_path: Path) -> None:
+    """The runtime reports nothing to its makers, and keeps no file for it in TMPDIR, unless the user wants it to."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    command = [sys.executable, "-c", REPORTING, str(tmp_path)]
+    printed = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(said)
 
 
 def test_version_without_an_import() -> None:

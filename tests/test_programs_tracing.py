@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from coldstart.errors import ExportError, ProgramCallError
+from coldstart.exports import export
+from coldstart.programs.calls import EagerCall
+from coldstart.programs.making import make_program
 from coldstart.programs.recording import Recorder, given_call
 from coldstart.programs.signature import UNBOUNDED
 from coldstart.programs.tracing import resized, trace
@@ -16,6 +19,7 @@ from tests.programs import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from coldstart.programs.signature import Signature
     from coldstart.programs.tracing import Traced
@@ -151,6 +155,31 @@ def test_data_dependent_control_flow() -> None:
     assert "export another entry point, change that line, or leave program= out: starts stay eager" in said
 
 
+def test_training_mode() -> None:
+    """Layers that answer otherwise in training mode are refused in it, with the remedy; a mode that changes nothing is kept."""
+    state = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+    point, recorder = recorded(state, "", {"input": torch.zeros(2, 4)})
+    with pytest.raises(ExportError, match=r"1 \(Dropout\) is in training mode.*have load call \.eval\(\) on the model"):
+        trace(point, recorder.of(""), {})
+    state.eval()
+    assert trace(point, recorder.of(""), {}).signature.inputs[0].shape == (2, 4)
+
+
+class Switched(torch.nn.Module):
+    """Computes otherwise in training mode, without a layer that shows it."""
+
+    def forward(self, x: Any) -> Any:
+        return x * 3 if self.training else x
+
+
+@pytest.mark.parametrize(("training", "factor"), [(True, 3), (False, 1)])
+def test_mode_of_the_state(training: bool, factor: int) -> None:
+    """The program computes what the state computes in the mode that ``load`` left it in."""
+    point, recorder = recorded(Switched().train(training), "", {"x": torch.ones(3)})
+    exported = trace(point, recorder.of(""), {}).exported
+    assert exported.module()(torch.ones(3))[0].tolist() == [factor] * 3
+
+
 def test_users_error_while_it_is_traced() -> None:
     """Code that cannot be traced because it leaves torch is an ExportError too, with the line."""
 
@@ -217,3 +246,27 @@ def test_recorded_arrays_are_copies() -> None:
     _, recorder = recorded(lambda x: x * 2, "", {"x": array})
     array[:] = -1
     assert recorder.of("")[0].arrays[0].tolist() == x_of(2).tolist()
+
+
+def test_calls_after_the_warm_up() -> None:
+    """Calls that an entry point makes of another one while it is traced are none of the warm-up's."""
+    point, recorder = recorded(Switched().eval(), "", {"x": torch.ones(3)})
+    call = EagerCall(point, recorder.at(point))
+    call(x=torch.ones(3))
+    recorder.end()
+    call(x=torch.ones(3))
+    assert len(recorder.of("")) == 2
+
+
+class Doubling(torch.nn.Module):
+    """Works in place on what it is given."""
+
+    def forward(self, x: Any) -> Any:
+        return x.mul_(2)
+
+
+def test_argument_that_is_written_to(tmp_path: Path) -> None:
+    """An argument that is changed in place is refused by its name in the call, with the remedy."""
+    _, recorder = recorded(Doubling(), "", {"x": torch.ones(3)})
+    with pytest.raises(ExportError, match=r"writes to its argument 'x': let it work on a copy \(x\.clone\(\)\)"):
+        make_program(export(), recorder, "onnx", tmp_path, device_type="cpu")

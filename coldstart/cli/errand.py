@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -37,7 +38,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         result: dict[str, Any] = options.work(spec)
     except Exception as error:  # noqa: BLE001  a process edge: whatever fails here is the errand's result
-        result = {"error": f"{error}" if isinstance(error, ColdstartError) else _described(error)}
+        result = {
+            "error": f"{error}" if isinstance(error, ColdstartError) else _described(error),
+            "room": want_of_room(error),
+        }
     with os.fdopen(options.result_fd, "wb") as results:
         results.write(json.dumps(result).encode() + b"\n")
     return 0
@@ -49,6 +53,17 @@ def _described(error: Exception) -> str:
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+
+
+def want_of_room(error: BaseException | None) -> str:
+    """What the system said, if a full disk or a lack of memory is what ``error`` was raised from; else ""."""
+    full = os.strerror(errno.ENOSPC)
+    while error is not None:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+        if is_full or isinstance(error, MemoryError) or (full in str(error) and error.__cause__ is None):
+            return f"{type(error).__name__}: {error}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from coldstart.programs.calls import as_numpy
 from coldstart.programs.folder import CASES, ArrayReader, read_document, stored_of, write_document
 from coldstart.programs.signature import UNBOUNDED, called_with, put_together, taken_apart
 from coldstart.programs.tolerance import array_difference, limit_of
-from coldstart.programs.tracing import resized
+from coldstart.programs.tracing import SMALLEST_TRACED, resized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -74,6 +74,10 @@ class CaseWriter:
         recorded = [_Asked(call.path, call.arrays) for call in calls[:LONGEST_SEQUENCE]]
         self._ask_all(recorded)
         pools = _pools(calls)
+        for symbol, path in self._below_traced():
+            self._ask_all(
+                [self._varied(call, pools, {symbol: 1}) for call in calls[:LONGEST_SEQUENCE] if call.path == path]
+            )
         for _ in range(SEQUENCES):
             sequence = [self._varied(call, pools) for call in calls[:LONGEST_SEQUENCE]]
             if self._ask_all(sequence):
@@ -82,6 +86,15 @@ class CaseWriter:
             raise ExportError("the state's own code answered none of the recorded calls a second time")
         write_document(folder, CASES, self.cases)
         return len(self.cases)
+
+    def _below_traced(self) -> list[tuple[str, str]]:
+        """Symbols that may be 1, each with its entry point. Exports see no code that only a size of 1 takes."""
+        return [
+            (symbol, path)
+            for path, signature in self._signatures.items()
+            for symbol in _symbols(signature)
+            if signature.ranges[symbol][0] < SMALLEST_TRACED
+        ]
 
     def _ask_all(self, sequence: Sequence[_Asked]) -> bool:
         """Ask a sequence and note its cases; one that the state's own code refuses at some call is left out from there."""
@@ -117,12 +130,18 @@ class CaseWriter:
             for array, each in zip(arrays, inputs, strict=True)
         )
 
-    def _varied(self, call: Call, pools: Mapping[tuple[str, int], Any]) -> _Asked:
-        """The call with other sizes where they are free, and other values: drawn from all that were seen there."""
+    def _varied(
+        self, call: Call, pools: Mapping[tuple[str, int], Any], fixed: Mapping[str, int] | None = None
+    ) -> _Asked:
+        """The call with other sizes where they are free, and other values: drawn from all that were seen there.
+
+        ``fixed``: sizes that are not for chance to choose, by their symbols.
+        """
         import torch
 
         signature = self._signatures[call.path]
         sizes = {symbol: self._size(symbol, signature, call) for symbol in _symbols(signature)}
+        sizes |= fixed or {}
         arrays = []
         for place, array in enumerate(self._sized(call.path, call.arrays, sizes)):
             pool = pools[call.path, place]

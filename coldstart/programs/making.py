@@ -37,6 +37,7 @@ def make_program(
 
     Raises ExportError, HandlerError and ProgramRuntimeError, each with the remedy.
     """
+    recorder.end()
     platform = backend_of(backend).platform(device_type)
     calls = {path: _calls(export, recorder, path) for path in export.entry}
     traced = {path: trace(recorder.points[path], calls[path], export.dynamic.get(path, {})) for path in export.entry}
@@ -123,6 +124,15 @@ def _refuse_concurrency(made: Mapping[str, Made], concurrency: int) -> None:
             )
 
 
+def _written(name: str, traced: Traced) -> str:
+    """What a call writes to that no program may write to, with the remedy."""
+    inputs = traced.exported.graph_signature.user_inputs
+    if name in inputs:
+        argument = traced.signature.inputs[inputs.index(name)].name
+        return f"its argument {argument!r}: let it work on a copy ({argument}.clone())"
+    return f"{name}, which is not a buffer of a module of the state"
+
+
 class _Initial:
     """What the arrays that calls write to were before the first call."""
 
@@ -133,9 +143,7 @@ class _Initial:
                 tensor = _tensor(each, name)
                 before = recorder.before.get(tensor.data_ptr()) if tensor is not None else None
                 if before is None:
-                    raise ExportError(
-                        f"entry point {path!r} writes to {name}, which is not a buffer of a module of the state"
-                    )
+                    raise ExportError(f"entry point {path!r} writes to {_written(name, each)}")
                 self._pairs.append((tensor, before))
 
     def put_back(self) -> None:

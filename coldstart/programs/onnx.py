@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from coldstart.config import read_variable, set_variables
 from coldstart.errors import ProgramError, ProgramRuntimeError
 from coldstart.programs.base import Backend, Runner
 from coldstart.programs.cpu import instruction_set
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from coldstart.programs.base import Array, Constant
 
 OLDEST = (1, 20)
+_REPORTING = "ORT_DISABLE_TELEMETRY"
 _REMEDY = "pip install 'coldstart-gpu[onnx]'"
 
 
@@ -40,13 +42,13 @@ class Onnx(Backend):
 
     def import_runtime(self) -> None:
         """Import onnxruntime (0.12 to 0.2 s)."""
-        _runtime()
+        runtime_module()
 
     def load(
         self, file: memoryview, constants: Sequence[Constant], inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> Runner:
         """Make a session of the graph around the constants."""
-        runtime = _runtime()
+        runtime = runtime_module()
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors: they are raised as well
         options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -94,7 +96,10 @@ def installed_version() -> str:
     return lines[0].partition("=")[2].strip().strip("\"'") if lines else ""
 
 
-def _runtime() -> Any:
+def runtime_module() -> Any:
+    """ONNX Runtime, imported. Builds of it report to its makers unless this variable says otherwise when they are imported."""
+    if read_variable(_REPORTING) is None:
+        set_variables({_REPORTING: "1"})
     try:
         import onnxruntime
     except ImportError as error:

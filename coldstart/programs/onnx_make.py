@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ExportError
 from coldstart.programs.base import Constant, Made
+from coldstart.programs.onnx import runtime_module
 from coldstart.programs.tracing import mutated_names, obstacle
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _export(exported: Any, target: Path) -> None:
 
 def _optimise(plain: Path, target: Path, weights: str) -> None:
     """Have the runtime write the graph as it would run it here."""
-    runtime: Any = import_module("onnxruntime")
+    runtime = runtime_module()
 
     options = runtime.SessionOptions()
     options.log_severity_level = (

@@ -38,6 +38,7 @@ class Recorder:
         self.points: dict[str, EntryPoint] = {}
         self.before: dict[int, Any] = {}
         self._lock = threading.Lock()
+        self._ended = False
 
     def at(self, point: EntryPoint) -> Callable[[Any, Sequence[tuple[str, Any]]], None]:
         """What ``EagerCall`` tells the calls of this entry point to."""
@@ -47,10 +48,15 @@ class Recorder:
 
         def note(structure: Any, arrays: Sequence[tuple[str, Any]]) -> None:
             with self._lock:
-                if len(self.calls) < MOST_CALLS:
+                if not self._ended and len(self.calls) < MOST_CALLS:
                     self.calls.append(_call(point.path, structure, arrays))
 
         return note
+
+    def end(self) -> None:
+        """Note no more calls: an entry point that is traced may call another one, with tensors that only tracing knows."""
+        with self._lock:
+            self._ended = True
 
     def of(self, path: str) -> list[Call]:
         """The calls of one entry point. Raises ExportError where there is none, or they differ in more than arrays."""

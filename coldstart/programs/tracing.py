@@ -5,6 +5,7 @@ Runs where a program is made, in a process of its own.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import ExportError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from coldstart.programs.entries import EntryPoint
     from coldstart.programs.recording import Call
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 SMALLEST_TRACED = 2
 """Exporting takes a size of 0 or 1 for a fixed one."""
 
@@ -38,6 +40,7 @@ def trace(point: EntryPoint, calls: Sequence[Call], given: Mapping[str, Mapping[
 
     Raises ExportError, with the operator or line that stands in the way and the remedy.
     """
+    _refuse_training(point)
     free = _free_dimensions(calls, given, point.path)
     example = _enlarged(max(calls, key=lambda call: sum(array.numel() for array in call.arrays)), calls, free)
     module = flat_module(point, calls[0].structure)
@@ -47,21 +50,44 @@ def trace(point: EntryPoint, calls: Sequence[Call], given: Mapping[str, Mapping[
 
 
 def flat_module(point: EntryPoint, structure: Any) -> Any:
-    """The entry point as a module of flat tensors, in and out."""
+    """The entry point as a module of flat tensors, in and out, in the mode (training or not) that the state is in."""
     import torch
 
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            owner = getattr(point.function, "__self__", point.function)
-            if isinstance(owner, torch.nn.Module):
+            owner = _owner(point)
+            if owner is not None:
                 self.owner = owner
+                self.training = owner.training
 
         def forward(self, *leaves: Any) -> Any:
             _, arrays = taken_apart(_called(point, structure, leaves), "", entry=point.path)
             return tuple(array for _, array in arrays)
 
-    return Flat().eval()
+    return Flat()
+
+
+def _owner(point: EntryPoint) -> Any:
+    """The module that is called, or that the method is a method of; None where there is none."""
+    import torch
+
+    owner = getattr(point.function, "__self__", point.function)
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
+def _refuse_training(point: EntryPoint) -> None:
+    """What a layer in training mode answers depends on chance or on the other rows of the batch, and is never meant."""
+    import torch
+
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)  # noqa: SLF001  their only common classes
+    owner = _owner(point)
+    for name, module in owner.named_modules() if owner is not None else ():
+        if module.training and isinstance(module, kinds):
+            raise ExportError(
+                f"entry point {point.path!r}: {name or 'it'} ({type(module).__name__}) is in training mode, in which it"
+                " answers otherwise: have load call .eval() on the model"
+            )
 
 
 def _called(point: EntryPoint, structure: Any, leaves: Sequence[Any]) -> Any:
@@ -179,9 +205,7 @@ def mutated_names(exported: Any) -> list[str]:
 
 def obstacle(error: BaseException) -> str:
     """What stands in the way of an export, in one line, with the user's line where torch names one, and the remedy."""
-    import re
-
-    text = " ".join(str(error).split())
+    text = " ".join(_COLOURS.sub("", str(error)).split())
     line = re.findall(r'File "([^"]+)", line (\d+)', str(error))
     inside = [
         f"{file}:{number}"
