@@ -111,7 +111,9 @@ def _is_range(item: tuple[Any, Any]) -> bool:
 def _tolerance(given: Any) -> Mapping[str, float]:
     if given is None:
         return {}
-    if not hasattr(given, "items") or not all(is_number(value) for value in given.values()):
+    if not hasattr(given, "items") or not all(
+        isinstance(dtype, str) and is_number(value) and value < float("inf") for dtype, value in given.items()
+    ):
         raise HandlerError(f"export(tolerance={given!r}) takes dtype -> number, such as {{'float32': 1e-4}}")
     return {str(dtype): float(value) for dtype, value in given.items()}
 

@@ -89,6 +89,8 @@ REFUSED = {
     "tolerance that is no mapping": ({"tolerance": 1e-4}, r"export\(tolerance=0.0001\) takes dtype -> number"),
     "tolerance that is no number": ({"tolerance": {"float32": "tight"}}, r"such as \{'float32': 1e-4\}"),
     "negative tolerance": ({"tolerance": {"float32": -1.0}}, r"takes dtype -> number"),
+    "boundless tolerance": ({"tolerance": {"float32": float("inf")}}, r"takes dtype -> number"),
+    "tolerance of no dtype": ({"tolerance": {32: 1.0}}, r"takes dtype -> number"),
 }
 
 
