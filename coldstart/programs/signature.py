@@ -255,7 +255,8 @@ def _shown(node: Any) -> str:
 
 
 def _refusal(entry: str, what: str) -> ProgramCallError:
-    return ProgramCallError(f"entry point {entry!r} of the program: {what}" if entry else f"the program's call: {what}")
+    place = f"entry point {entry!r} of the program" if entry else "the program's call"
+    return ProgramCallError(f"{place}: {what}; the calls of warmup= and export(dynamic=...) say what a program takes")
 
 
 def _refuse(entry: str, what: str) -> NoReturn:

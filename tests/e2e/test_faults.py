@@ -409,7 +409,8 @@ def test_blob_altered_on_its_way(generations: Generations, faulty: Project) -> N
 
     with FaultyServer(generations.project.store, fault) as server:
         done = start(faulty, **server.environment)
-        assert len(server.blobs_asked()) == len(generations.blobs) + 2
+        asked = len(server.blobs_asked()) - len(generations.blobs)
+        assert 2 <= asked <= 4  # a late answer may be asked for twice on a busy machine
     assert kinds(done) == ("restored", "chunk_retry", ["process"])
     assert (done.reason, done.output) == ("", generations.new)
 

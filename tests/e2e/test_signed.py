@@ -78,6 +78,8 @@ def test_a_changed_ref_is_not_used(project: Project) -> None:
     path = project.ref("scales")
     document = json.loads(path.read_bytes())
     document |= {"generation": 1, "manifest": document["previous_manifest"]}
+    document |= {"previous_generation": 0, "previous_manifest": ""}
+    document.pop("history")
     path.write_text(json.dumps(document, sort_keys=True, separators=(",", ":")))
     start = project.run(**VERIFIES)
     assert (start.kind, start.output) == ("fallback", SCALED)
