@@ -235,7 +235,7 @@ TAKES = r"the program takes int64 \(batch, size\) with batch 1 to 8, size 2 to 1
 )
 def test_arrays_outside(given_ids: Any, mask: Any, said: str) -> None:
     """An array of another dtype, rank or size is refused by its name, with what it is and what is taken."""
-    with pytest.raises(ProgramCallError, match=f"entry point 'encode' of the program: {said}$"):
+    with pytest.raises(ProgramCallError, match=f"entry point 'encode' of the program: {said}; the calls of warmup="):
         structure, arrays = taken_apart({"ids": given_ids, "mask": mask}, "", entry="encode")
         check_call(ENCODE, structure, arrays, entry="encode")
 
@@ -293,7 +293,11 @@ def test_calls_of_another_structure(change: dict[str, Any], said: str) -> None:
 
 def test_missing_argument() -> None:
     """An argument that the recorded calls had and this one lacks is named."""
-    assert refused(ENCODE, {"ids": ids(2, 3)}).endswith("misses the argument 'mask', which every recorded call had")
+    assert (
+        refused(ENCODE, {"ids": ids(2, 3)})
+        .partition(";")[0]
+        .endswith("misses the argument 'mask', which every recorded call had")
+    )
 
 
 def test_nan_is_nan() -> None:
