@@ -132,7 +132,7 @@ OUTSIDE = r"x is float32 \(17, 8\), the program takes float32 \((\w+), 8\) with 
 def test_call_outside_the_ranges(net: Project) -> None:
     """A call that the program was not made for fails its event with a clear error, and the worker serves on."""
     largest, outside, smallest = net.python("-", source=CALLS).document
-    assert re.fullmatch(f"ProgramCallError: the program's call: {OUTSIDE}", outside)
+    assert re.fullmatch(f"ProgramCallError: the program's call: {OUTSIDE}; the calls of .*", outside)
     assert (len(largest["y"]), len(smallest["y"])) == (16, 1)
     document = net.try_run("--input", '{"rows": 17}')
     assert document.code == 1
