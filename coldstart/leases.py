@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import (
     AccessDeniedError,
+    CaptureError,
     ConditionFailedError,
     ObjectMissingError,
     StoreError,
@@ -89,7 +90,7 @@ class Holding:
             if lease is None or time.monotonic() - self._renewed_seconds < LEASE_SECONDS / 3:
                 return
             self._renewed_seconds = time.monotonic()
-            with suppress(StoreError):
+            with suppress(StoreError, CaptureError):  # whoever stores for this worker has been stopped
                 self._lease = self._leases.renew(lease)
 
     def end(self) -> None:
@@ -184,8 +185,8 @@ class Leases:
         return self._put(lease.key, lease.etag, self._time.now())
 
     def release(self, lease: Lease) -> None:
-        """Let go of a lease; one that cannot be released ends by itself."""
-        with suppress(StoreError):
+        """Let go of a lease; one that cannot be released, as by a worker that is being stopped, ends by itself."""
+        with suppress(StoreError, CaptureError):
             self._store.put(lease.key, _document(self._holder, 0.0, self._unique()), if_match=lease.etag)
 
     def _put(self, key: str, etag: str, now: float) -> Lease | None:

@@ -93,12 +93,14 @@ class Resnapshot:
 
     def _run(self) -> None:
         lower_priority()
-        for plan in self._plans:
-            if plan.due_at_once:
-                self._attempt(plan, self._making.of_state)
-            if plan.program is not None and not self._making.stopping.is_set():
-                self._attempt(plan, self._making.with_program)
-        self._first_done.set()
+        try:
+            for plan in self._plans:
+                if plan.due_at_once:
+                    self._attempt(plan, self._making.of_state)
+                if plan.program is not None and not self._making.stopping.is_set():
+                    self._attempt(plan, self._making.with_program)
+        finally:  # whatever happens, nobody waits for what will not come
+            self._first_done.set()
         due = [Due(plan, self._policy, self._served()) for plan in self._plans]
         while (self._policy != Policy() or self._postponed) and not self._making.stopping.wait(POLL_SECONDS):
             self._attempt_postponed()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from coldstart import events
-from coldstart.errors import StoreTransientError
+from coldstart.errors import CaptureError, StoreTransientError
 from coldstart.leases import LEASE_SECONDS, Held, Holder, Holding, Lease, Leases, hold
 from coldstart.repository import Repository
 from coldstart.stores.memory import ALL_CAPABILITIES, MemoryStore
@@ -213,3 +213,22 @@ def test_a_fleet_makes_one_generation(world: World) -> None:
     ref = world.look_up().ref
     assert ref is not None
     assert ref.generation == 1
+
+
+def test_a_lease_that_cannot_be_given_back_is_no_error() -> None:
+    """A worker that is stopped has nobody who writes for it any more: its lease ends by itself, and its capture thread lives on."""
+
+    class Stopped(MemoryStore):
+        refuses = False
+
+        def put(self, key, data, **conditions):
+            if self.refuses:
+                raise CaptureError("the worker ended while its state was captured")
+            return super().put(key, data, **conditions)
+
+    store = Stopped()
+    holding = hold(Repository(store), "model")
+    assert isinstance(holding, Holding)
+    store.refuses = True
+    holding.end()
+    assert isinstance(Leases(Repository(store), Holder("another host", 1)).take("leases/model"), Held)

@@ -57,9 +57,16 @@ def handler(event, model):
         time.sleep(600)
     digest = blake3(model["weights"].view(np.uint8)).update(model["table"].view(np.uint8)).hexdigest()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    files = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.islink(entry.path)]
-    arenas = sum("/memfd:coldstart" in file for file in files)
-    return [digest, model["words"], children] + ([arenas] if event["input"] == "arenas" else [])
+    return [digest, model["words"], children] + ([arenas()] if event["input"] == "arenas" else [])
+
+def arenas():
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found += "/memfd:coldstart" in os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # of another thread, and closed since
+            pass
+    return found
 """
 """24 MiB of bf16, 24 MiB that do not shrink and a kept file: 12 chunks and more, of two codecs. Answers tell of every byte."""
 

@@ -569,7 +569,8 @@ def test_sigterm_during_a_capture(new_project: Callable[..., Project], line: Lin
         blobs = count(project, "blobs/")
         (project.folder / "seed").write_text("2")
         link.up.bytes_per_second = 5e6
-        with serve(plane, project, line, "handler.py", COLDSTART_FRESH="on") as worker:
+        slowly = {"COLDSTART_FRESH": "on", "COLDSTART_CAPTURE_BYTES_PER_SECOND": "5000000"}  # chunk after chunk
+        with serve(plane, project, line, "handler.py", **slowly) as worker:
             (job,) = plane.queue(1)
             assert plane.output(job)[0] == 2
             wait_until(lambda: count(project, "blobs/") >= blobs + 2)
