@@ -61,7 +61,7 @@ class Emulation:
     def digest(self, data: np.ndarray, *, tree: kernels.Launch | None = None) -> bytes:
         """The hash of an array of uint8, written to an odd address."""
         count = kernels.leaf_count(len(data))
-        chaining = np.empty(count * kernels.CHAINING_BYTES, np.uint8)
+        chaining = np.empty(kernels.chaining_bytes(len(data)), np.uint8)
         digest = shifted(np.zeros(kernels.DIGEST_BYTES, np.uint8), 1)
         length, room = ctypes.c_uint64(len(data)), ctypes.c_uint64(chaining.ctypes.data)
         assert self.launch(kernels.leaves(len(data)), ctypes.c_uint64(data.ctypes.data), length, room) == 0

@@ -99,7 +99,7 @@ struct Kernel {
 
 const Kernel KERNELS[] = {
     {"coldstart_merge_planes", merge_planes, 256, false},
-    {"coldstart_blake3_leaves", blake3_leaves, 128, false},
+    {"coldstart_blake3_leaves", blake3_leaves, 128, true},
     {"coldstart_blake3_tree", blake3_tree, 512, true},
 };
 

@@ -15,8 +15,10 @@ BLAKE3 = "blake3"
 SUFFIX = ".ptx"
 
 LEAF_BYTES = 1024
+GROUP_LEAVES = 8
+"""Leaves whose hashes the first kernel leaves to the second as one."""
 CHAINING_BYTES = 32
-"""Bytes of device memory that hashing needs for each leaf."""
+"""Bytes of device memory that each such group takes between the two."""
 DIGEST_BYTES = 32
 
 _MERGE_THREADS = 256
@@ -51,6 +53,11 @@ def merge(*, plane_bytes: int, block_bytes: int, block_count: int) -> Launch:
 def leaf_count(length_bytes: int) -> int:
     """Into how many leaves BLAKE3 cuts so many bytes: one at least."""
     return max(-(-length_bytes // LEAF_BYTES), 1)
+
+
+def chaining_bytes(length_bytes: int) -> int:
+    """The room in device memory that hashing so many bytes needs between its two kernels."""
+    return -(-leaf_count(length_bytes) // GROUP_LEAVES) * CHAINING_BYTES
 
 
 def leaves(length_bytes: int) -> Launch:

@@ -9,6 +9,10 @@
 // reads a block while it works on the one before: a chunk of 16 MiB has one warp for each scheduler of the GPU, with no
 // other to hide the wait behind.
 //
+// The tree is reduced by one block of threads, since blocks cannot wait for each other. One multiprocessor alone would need
+// several times as long for it as all of them for the leaves; so whoever hashes leaves also makes the first levels of them,
+// and leaves it one node of eight.
+//
 // Nothing is included, and nothing newer than sm_70 is used. The same text is compiled by g++ in tests/fake_gpu.
 
 typedef unsigned int Word;
@@ -20,6 +24,11 @@ static const Word BLOCK_WORDS = 16;
 static const Word VALUE_WORDS = 8;
 static const Word DIGEST_BYTES = 32;
 static const Word ROUNDS = 7;
+
+static const Word LEAF_THREADS = 128;
+static const Word GROUP_LEVELS = 3;  // more would leave most threads of a block idle for longer than the tree gains
+static const Word GROUP_LEAVES = 1 << GROUP_LEVELS;
+static const Word SPREAD_WORDS = 9;  // from node to node in shared memory: an odd number, so that threads use all of its banks
 
 static const Word LEAF_START = 1;
 static const Word LEAF_END = 2;
@@ -161,54 +170,88 @@ static __device__ __forceinline__ void hash_leaf(
     }
 }
 
-// data:         length_bytes bytes at any address; fast where it is a multiple of 16.
-// chaining:     8 words for each leaf, of which there is one at least. A single leaf gets the root's value.
-// The grid has one thread for each leaf, 128 a block: small blocks spread a chunk over all multiprocessors.
-extern "C" __global__ void __launch_bounds__(128) coldstart_blake3_leaves(
+// One level of the tree, by all threads of a block: `count` nodes, STRIDE words apart, become half as many in the same place.
+template <Word STRIDE>
+static __device__ __forceinline__ void reduce_level(Word* nodes, Size count, Word flags)
+{
+    const Size parent_count = (count + 1) / 2;
+    // Parents take the places of nodes that threads of the same turn may still have to read, never of later ones.
+#pragma unroll 1
+    for (Size first = 0; first < parent_count; first += blockDim.x) {
+        const Size parent = first + threadIdx.x;
+        Word value[VALUE_WORDS];
+        if (parent < parent_count) {
+            const Word* left = nodes + 2 * parent * STRIDE;
+            if (2 * parent + 1 < count) {
+                Word message[BLOCK_WORDS];
+                copy_words(message, left, VALUE_WORDS);
+                copy_words(message + VALUE_WORDS, left + STRIDE, VALUE_WORDS);
+                set_to_initial(value);
+                compress(value, message, 0, BLOCK_BYTES, flags);
+            } else {
+                copy_words(value, left, VALUE_WORDS);
+            }
+        }
+        __syncthreads();
+        if (parent < parent_count) {
+            copy_words(nodes + parent * STRIDE, value, VALUE_WORDS);
+        }
+        __syncthreads();
+    }
+}
+
+static __device__ __forceinline__ Word parent_flags(Size count)
+{
+    return count == 2 ? PARENT | ROOT : PARENT;
+}
+
+// data:        length_bytes bytes at any address; fast where it is a multiple of 16.
+// chaining:    8 words for each group of 8 leaves, the last one may have fewer. A single leaf or group gets the root's value.
+// The grid has one thread for each leaf at least, 128 a block (fewer are right, if a multiple of 8): small blocks spread a
+// chunk over all multiprocessors.
+extern "C" __global__ void __launch_bounds__(LEAF_THREADS) coldstart_blake3_leaves(
     const unsigned char* data, unsigned long long length_bytes, unsigned int* chaining)
 {
+    __shared__ Word nodes[LEAF_THREADS * SPREAD_WORDS];
     const Size leaf_count = length_bytes == 0 ? 1 : (length_bytes - 1) / LEAF_BYTES + 1;
-    const Size leaf = static_cast<Size>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (leaf >= leaf_count) {
+    const Size first = static_cast<Size>(blockIdx.x) * blockDim.x;
+    if (first >= leaf_count) {
         return;
     }
-    const Size begin = leaf * LEAF_BYTES;
-    const Size left = length_bytes - begin;
-    Word value[VALUE_WORDS];
-    hash_leaf(value, data + begin, left < LEAF_BYTES ? static_cast<Word>(left) : LEAF_BYTES, leaf, leaf_count == 1 ? ROOT : 0);
-    copy_words(chaining + leaf * VALUE_WORDS, value, VALUE_WORDS);
+    const Size leaf = first + threadIdx.x;
+    if (leaf < leaf_count) {
+        const Size begin = leaf * LEAF_BYTES;
+        const Size left = length_bytes - begin;
+        Word value[VALUE_WORDS];
+        hash_leaf(
+            value, data + begin, left < LEAF_BYTES ? static_cast<Word>(left) : LEAF_BYTES, leaf, leaf_count == 1 ? ROOT : 0);
+        copy_words(nodes + threadIdx.x * SPREAD_WORDS, value, VALUE_WORDS);
+    }
+    __syncthreads();
+    Size count = leaf_count;  // of the whole tree's level
+    Word here = leaf_count - first < blockDim.x ? static_cast<Word>(leaf_count - first) : blockDim.x;
+#pragma unroll 1
+    for (Word level = 0; level < GROUP_LEVELS; ++level) {
+        reduce_level<SPREAD_WORDS>(nodes, here, parent_flags(count));
+        count = (count + 1) / 2;
+        here = (here + 1) / 2;
+    }
+    unsigned int* place = chaining + first / GROUP_LEAVES * VALUE_WORDS;
+    for (Word word = threadIdx.x; word < here * VALUE_WORDS; word += blockDim.x) {
+        place[word] = nodes[word / VALUE_WORDS * SPREAD_WORDS + word % VALUE_WORDS];
+    }
 }
 
 // chaining:    what the leaves gave; used up.
+// leaf_count:  the number of leaves, not of their groups.
 // digest:      32 bytes at any address.
 // The grid is one block of any number of threads; 512 are good.
 extern "C" __global__ void __launch_bounds__(512) coldstart_blake3_tree(
     unsigned int* chaining, unsigned long long leaf_count, unsigned char* digest)
 {
-    for (Size count = leaf_count; count > 1; count = (count + 1) / 2) {
-        const Word flags = count == 2 ? PARENT | ROOT : PARENT;
-        const Size parent_count = (count + 1) / 2;
-        // Parents take the places of nodes that threads of the same turn may still have to read, never of later ones.
-        for (Size first = 0; first < parent_count; first += blockDim.x) {
-            const Size parent = first + threadIdx.x;
-            Word value[VALUE_WORDS];
-            if (parent < parent_count) {
-                const Word* children = chaining + parent * 2 * VALUE_WORDS;
-                if (2 * parent + 1 < count) {
-                    Word message[BLOCK_WORDS];
-                    copy_words(message, children, BLOCK_WORDS);
-                    set_to_initial(value);
-                    compress(value, message, 0, BLOCK_BYTES, flags);
-                } else {
-                    copy_words(value, children, VALUE_WORDS);
-                }
-            }
-            __syncthreads();
-            if (parent < parent_count) {
-                copy_words(chaining + parent * VALUE_WORDS, value, VALUE_WORDS);
-            }
-            __syncthreads();
-        }
+#pragma unroll 1
+    for (Size count = (leaf_count + GROUP_LEAVES - 1) / GROUP_LEAVES; count > 1; count = (count + 1) / 2) {
+        reduce_level<VALUE_WORDS>(chaining, count, parent_flags(count));
     }
     for (Word byte = threadIdx.x; byte < DIGEST_BYTES; byte += blockDim.x) {
         digest[byte] = static_cast<unsigned char>(chaining[byte / 4] >> (8 * (byte % 4)));
