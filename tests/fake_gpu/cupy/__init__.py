@@ -33,7 +33,7 @@ class _Device:
         self.id = number
 
 
-class cuda:  # noqa: N801  the name of cupy's module
+class cuda:
     """What is used of ``cupy.cuda``."""
 
     UnownedMemory = _Memory
@@ -45,7 +45,7 @@ class _Window:
         self.__array_interface__ = {"version": 3, "data": (address, False), **interface}
 
 
-class ndarray:  # noqa: N801  the name of cupy's class
+class ndarray:
     """An array of the fake device; without attributes of its own, like cupy's."""
 
     __slots__ = ("__weakref__", "_host", "data", "device", "dtype", "nbytes", "shape", "size", "strides")
