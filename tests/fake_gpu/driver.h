@@ -201,6 +201,7 @@ void wait_for_context(context *owner);
 void end_streams_of(context *owner);
 size_t live_streams(void);
 extern __thread bool in_host_function; /* set while a host function runs, which may not call the driver */
+extern __thread context *context_of_operation; /* NULL outside the threads of streams */
 void guard_against_faults(void);
 
 /* modules.c */
@@ -208,11 +209,13 @@ CUresult parse_ptx(const char *text, module *into, function **found, int *found_
 typedef int (*emulator)(const char *name, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                         unsigned block_z, unsigned shared_bytes, void **arguments);
 emulator find_emulator(void);
+void forget_emulator(void);
 
 /* what tests ask of the fake, beside NVIDIA's names */
 const char *fakecu_report(void);
 void fakecu_reset(void);
 int fakecu_device_range(unsigned long long address, size_t bytes);
+void fakecu_fail(int code);
 size_t live_events(void);
 size_t live_modules(void);
 bool is_initialised(void);

@@ -623,6 +623,7 @@ void fakecu_reset(void) { /* as a process that has not called cuInit, with the e
         if (contexts[n].retained) destroy_context(&contexts[n]);
     forget_host_ranges();
     forget_counts();
+    forget_emulator();
     initialised = false;
     current = NULL;
     read_settings();
@@ -634,4 +635,10 @@ int fakecu_device_range(unsigned long long address, size_t bytes) { /* whether i
     int inside = device_range(address, bytes);
     pthread_mutex_unlock(&state_lock);
     return inside;
+}
+
+void fakecu_fail(int code) { /* from a host function: what it did went wrong on the device */
+    pthread_mutex_lock(&state_lock);
+    if (context_of_operation && !context_of_operation->sticky) context_of_operation->sticky = (CUresult)code;
+    pthread_mutex_unlock(&state_lock);
 }

@@ -70,17 +70,20 @@ CUresult parse_ptx(const char *text, module *into, function **found, int *found_
     return code;
 }
 
+static emulator found_emulator; /* found once: the same for whichever thread comes first */
+
+void forget_emulator(void) { found_emulator = NULL; }
+
 emulator find_emulator(void) {
-    static emulator found; /* found once: the same for whichever thread comes first */
     Dl_info mine;
-    if (found || !dladdr((void *)find_emulator, &mine)) return found;
-    char path[4096];
-    const char *slash = strrchr(mine.dli_fname, '/');
-    snprintf(path, sizeof path, "%.*s/libcoldstart_emulation.so", slash ? (int)(slash - mine.dli_fname) : 1, slash ? mine.dli_fname : ".");
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (found_emulator || !dladdr((void *)find_emulator, &mine)) return found_emulator;
+    char beside[4096];
+    const char *slash = strrchr(mine.dli_fname, '/'), *path = getenv("FAKE_CUDA_EMULATION");
+    snprintf(beside, sizeof beside, "%.*s/libcoldstart_emulation.so", slash ? (int)(slash - mine.dli_fname) : 1, slash ? mine.dli_fname : ".");
+    void *library = dlopen(path && *path ? path : beside, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         fprintf(stderr, "fake driver: %s\n", dlerror());
         return NULL;
     }
-    return found = (emulator)dlsym(library, "coldstart_emulate");
+    return found_emulator = (emulator)dlsym(library, "coldstart_emulate");
 }

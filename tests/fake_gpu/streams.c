@@ -11,6 +11,7 @@
 pthread_mutex_t state_lock = PTHREAD_MUTEX_INITIALIZER;
 pthread_cond_t state_changed = PTHREAD_COND_INITIALIZER;
 __thread bool in_host_function;
+__thread context *context_of_operation;
 
 static stream **streams;
 static size_t stream_count;
@@ -150,6 +151,7 @@ static void forget(operation *one) {
 
 static void *work(void *argument) {
     stream *mine = argument;
+    context_of_operation = mine->owner;
     pthread_mutex_lock(&state_lock);
     for (;;) {
         while (!mine->first && !mine->ending) pthread_cond_wait(&state_changed, &state_lock);
