@@ -96,14 +96,16 @@ static const char ANS_MAGIC[8] = "fakeANS6";
 enum { ANS_MAX_RAW = 1 << 24, ANS_ALIGNMENT = 16 };
 
 static bool is_ans_type(int type) { return type == NVCOMP_TYPE_UCHAR || type == NVCOMP_TYPE_FLOAT16; }
-static size_t ans_room(size_t raw_bytes) { return raw_bytes + raw_bytes / 8 + 4096; } /* a little more than nvCOMP asks for */
+static size_t ans_room(size_t raw_bytes, int type) { /* a little more than nvCOMP asks for */
+    return raw_bytes + raw_bytes / 8 * (type == NVCOMP_TYPE_FLOAT16 ? 1 : 3) + 4096;
+}
 
 static nvcompStatus_t encode_ans(const char *raw, size_t raw_bytes, char *target, size_t *stored_bytes, int type) {
     if (raw_bytes > ANS_MAX_RAW) return nvcompErrorChunkSizeTooLarge;
     if (type == NVCOMP_TYPE_FLOAT16 && raw_bytes % 2) return nvcompErrorWrongInputLength;
     ans_header header = {.raw_bytes = raw_bytes, .data_type = (uint32_t)type};
     memcpy(header.magic, ANS_MAGIC, sizeof header.magic);
-    size_t frame_bytes = zstd.compress(target + sizeof header, ans_room(raw_bytes) - sizeof header, raw, raw_bytes, 1);
+    size_t frame_bytes = zstd.compress(target + sizeof header, ans_room(raw_bytes, type) - sizeof header, raw, raw_bytes, 1);
     if (zstd.is_error(frame_bytes)) return nvcompErrorCannotCompress;
     memcpy(target, &header, sizeof header);
     *stored_bytes = sizeof header + frame_bytes;
@@ -157,7 +159,7 @@ static bool arrays_are_there(const batch *all) {
            (!all->statuses || device(all->statuses, all->count * sizeof(nvcompStatus_t))) && device(all->scratch, all->scratch_bytes);
 }
 
-static size_t room_of(const batch *all, size_t n) { return all->room_bytes ? all->room_bytes[n] : ans_room(all->source_bytes[n]); }
+static size_t room_of(const batch *all, size_t n) { return all->room_bytes ? all->room_bytes[n] : ans_room(all->source_bytes[n], all->type); }
 
 static nvcompStatus_t do_item(const batch *all, size_t n) {
     const char *source = all->sources[n];
@@ -263,7 +265,7 @@ nvcompStatus_t nvcompBatchedANSDecompressGetTempSize(size_t count, size_t larges
 nvcompStatus_t nvcompBatchedANSCompressGetMaxOutputChunkSize(size_t raw_bytes, nvcompBatchedANSCompressOpts_t options, size_t *most) {
     if (!most || !is_ans_type(options.data_type)) return nvcompErrorInvalidValue;
     if (raw_bytes > ANS_MAX_RAW) return nvcompErrorChunkSizeTooLarge;
-    *most = ans_room(raw_bytes);
+    *most = ans_room(raw_bytes, options.data_type);
     return nvcompSuccess;
 }
 
