@@ -278,10 +278,18 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunk
         requires=(),
         signature="",
         extra={},
+        host_segments=_host_segments(capture, layout),
     )
     if placed is None or capture.parent is None or not is_replaced(capture):
         return manifest
     return others.with_programs_of(manifest, capture.parent, placed.program.id)
+
+
+def _host_segments(capture: Capture, layout: Layout) -> tuple[int, ...]:
+    """Named only where the device has memory of its own: on a CPU all segments are the host's."""
+    if capture.device_type == "cpu":
+        return ()
+    return tuple(index for index in range(len(layout.segments)) if index not in layout.device_segments)
 
 
 def _mode(path: str) -> int:

@@ -1,0 +1,49 @@
+"""BLAKE3 of ranges of device memory, computed on the GPU: the hashes that manifests name, without copying a byte."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coldstart.devices.cuda_kernels import CHAINING_BYTES, chaining_bytes, kernels_on
+from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from coldstart.devices.cuda_driver import Gpu, Stream
+
+
+class Hashes:
+    """Scratch for hashing up to ``ranges`` ranges of at most ``largest_bytes`` at a time."""
+
+    def __init__(self, gpu: Gpu, ranges: int, largest_bytes: int) -> None:
+        """Raises DeviceError where the GPU has no room for the scratch."""
+        self._kernels = kernels_on(gpu)
+        self._scratch_bytes = chaining_bytes(largest_bytes)
+        self._chaining = DeviceMemory(gpu, ranges * self._scratch_bytes)
+        self._digests = DeviceMemory(gpu, ranges * CHAINING_BYTES)
+        self._results = PinnedMemory(gpu, ranges * CHAINING_BYTES)
+        self._count = 0
+
+    def queue(self, ranges: Sequence[tuple[int, int]], stream: Stream) -> None:
+        """Queue the hashes of ranges (device address, bytes). The ones before must have been taken, or given up."""
+        self._count = len(ranges)
+        for index, (address, length_bytes) in enumerate(ranges):
+            self._kernels.blake3(
+                stream,
+                address,
+                length_bytes,
+                chaining=self._chaining.address + index * self._scratch_bytes,
+                digest=self._digests.address + index * CHAINING_BYTES,
+            )
+        stream.copy_out(self._results.address, self._digests.address, self._count * CHAINING_BYTES)
+
+    def found(self) -> list[str]:
+        """After the stream is done: the hashes, in hexadecimal."""
+        digests = bytes(self._results.view[: self._count * CHAINING_BYTES])
+        return [digests[begin : begin + CHAINING_BYTES].hex() for begin in range(0, len(digests), CHAINING_BYTES)]
+
+    def end(self) -> None:
+        """Give the scratch back; nothing may be queued any more."""
+        for memory in (self._chaining, self._digests, self._results):
+            memory.end()
