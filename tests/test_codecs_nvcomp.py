@@ -42,9 +42,9 @@ without_driver = pytest.mark.skipif(real_driver() is None, reason="there is a GP
 
 
 @pytest.fixture
-def fake_driver(fake_gpu_folder: Path) -> Iterator[Driver]:
+def fake_driver(own_gpu_folder: Path) -> Iterator[Driver]:
     """The fake driver, open."""
-    driver = Driver(str(fake_gpu_folder / "libcuda.so.1"))
+    driver = Driver(str(own_gpu_folder / "libcuda.so.1"))
     driver.library.fakecu_reset()
     driver.open()
     yield driver
@@ -52,9 +52,9 @@ def fake_driver(fake_gpu_folder: Path) -> Iterator[Driver]:
 
 
 @pytest.fixture
-def fake(fake_driver: Driver, fake_gpu_folder: Path) -> Bench:
+def fake(fake_driver: Driver, own_gpu_folder: Path) -> Bench:
     """The fake nvCOMP on it."""
-    nvcomp = Nvcomp.load(str(fake_gpu_folder / "libnvcomp.so.6"))
+    nvcomp = Nvcomp.load(str(own_gpu_folder / "libnvcomp.so.6"))
     return Bench(fake_driver, nvcomp, fake_driver.stream())
 
 
@@ -136,9 +136,9 @@ def test_the_fake_is_what_the_header_declares():
 
 
 @real
-def test_the_real_library_answers_without_a_gpu(fake_gpu_folder):
+def test_the_real_library_answers_without_a_gpu(own_gpu_folder):
     """Sizes and alignments are computed on the host; the fake's are the same where a caller could tell."""
-    nvcomp, fake = Nvcomp.load(LIBRARY), Nvcomp.load(str(fake_gpu_folder / "libnvcomp.so.6"))
+    nvcomp, fake = Nvcomp.load(LIBRARY), Nvcomp.load(str(own_gpu_folder / "libnvcomp.so.6"))
     assert nvcomp.version.startswith("6.")
     assert nvcomp.zstd_alignments() == fake.zstd_alignments() == (1, 1, 8)
     assert nvcomp.ans_encode_alignments(item_bytes=2) == fake.ans_encode_alignments(item_bytes=2) == (16, 16, 1)
@@ -199,27 +199,27 @@ def test_a_package_of_another_major_is_named(monkeypatch, tmp_path):
         Nvcomp.load()
 
 
-def test_a_library_of_another_version_is_named(monkeypatch, fake_gpu_folder):
+def test_a_library_of_another_version_is_named(monkeypatch, own_gpu_folder):
     """The version that the library itself tells decides, whatever its file is called."""
     monkeypatch.setenv("FAKE_NVCOMP_VERSION", "5301")
     with pytest.raises(CodecError, match=r"is nvCOMP 5\.3\.1 and version 6 is needed: pip install"):
-        Nvcomp.load(str(fake_gpu_folder / "libnvcomp.so.6"))
+        Nvcomp.load(str(own_gpu_folder / "libnvcomp.so.6"))
 
 
-def test_a_file_that_is_no_library_is_an_error(tmp_path, fake_gpu_folder):
+def test_a_file_that_is_no_library_is_an_error(tmp_path, own_gpu_folder):
     """Neither a text nor another library passes for nvCOMP."""
     (tmp_path / "libnvcomp.so.6").write_text("no library")
-    for path in (tmp_path / "libnvcomp.so.6", fake_gpu_folder / "libcuda.so.1"):
+    for path in (tmp_path / "libnvcomp.so.6", own_gpu_folder / "libcuda.so.1"):
         with pytest.raises(CodecError, match=f"{path}.*pip install"):
             Nvcomp.load(str(path))
 
 
-def test_the_package_is_found_without_being_imported(tmp_path, fake_gpu_folder):
+def test_the_package_is_found_without_being_imported(tmp_path, own_gpu_folder):
     """A process whose path has the package loads its library; nothing of NVIDIA's is run, and numpy is not loaded."""
     package = tmp_path / "nvidia" / "libnvcomp"
     (package / "lib64").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    shutil.copy(fake_gpu_folder / "libnvcomp.so.6", package / "lib64")
+    shutil.copy(own_gpu_folder / "libnvcomp.so.6", package / "lib64")
     program = (
         "import sys; from coldstart.codecs.nvcomp import Nvcomp; print(Nvcomp.load().path, 'numpy' in sys.modules)"
     )
@@ -229,10 +229,10 @@ def test_the_package_is_found_without_being_imported(tmp_path, fake_gpu_folder):
     assert printed == [str(package / "lib64" / "libnvcomp.so.6"), "False"]
 
 
-def test_the_loaders_path_comes_first(fake_gpu_folder):
+def test_the_loaders_path_comes_first(own_gpu_folder):
     """A process that is told where the library is takes that one."""
     program = "from coldstart.codecs.nvcomp import Nvcomp; print(Nvcomp.load().path)"
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_gpu_folder), "PYTHONPATH": str(SOURCES.parent.parent)}
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(own_gpu_folder), "PYTHONPATH": str(SOURCES.parent.parent)}
     command = [sys.executable, "-c", program]
     assert subprocess.check_output(command, env=environment, timeout=60, text=True).strip() == "libnvcomp.so.6"
 

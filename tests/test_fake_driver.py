@@ -70,10 +70,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(fake_gpu_folder: Path, emulation: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Driver]]:
+def start(own_gpu_folder: Path, emulation: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Driver]]:
     """Makes the fake driver as it is in a new process with these settings."""
     monkeypatch.setenv("FAKE_CUDA_EMULATION", str(emulation))
-    driver = Driver(str(fake_gpu_folder / "libcuda.so.1"))
+    driver = Driver(str(own_gpu_folder / "libcuda.so.1"))
 
     def begin(**settings: str) -> Driver:
         for name, value in settings.items():
@@ -345,16 +345,16 @@ def program(folder: Path, *arguments: str, **settings: str) -> str:
     return subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True, text=True).stdout
 
 
-def test_a_forked_child_has_no_driver(fake_gpu_folder):
+def test_a_forked_child_has_no_driver(own_gpu_folder):
     """A process that forked after cuInit: the child's driver says that it is not initialised, the parent's works."""
-    assert program(fake_gpu_folder, "fork").split() == [str(NOT_INITIALIZED), str(SUCCESS)]
+    assert program(own_gpu_folder, "fork").split() == [str(NOT_INITIALIZED), str(SUCCESS)]
 
 
-def test_each_process_adds_a_line_to_the_report(fake_gpu_folder, tmp_path):
+def test_each_process_adds_a_line_to_the_report(own_gpu_folder, tmp_path):
     """At its end, whoever it was."""
     path = tmp_path / "report"
     for _ in range(2):
-        program(fake_gpu_folder, FAKE_CUDA_REPORT=str(path))
+        program(own_gpu_folder, FAKE_CUDA_REPORT=str(path))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["calls"] for line in lines] == [{"cuInit": 1}] * 2
     assert len({line["process"] for line in lines}) == 2

@@ -21,18 +21,21 @@ static __thread sigjmp_buf *landing;
 static struct sigaction before_segv, before_bus;
 
 static void on_fault(int signal_number, siginfo_t *information, void *place) {
-    (void)information, (void)place;
     if (landing) siglongjmp(*landing, 1);
-    sigaction(signal_number, signal_number == SIGSEGV ? &before_segv : &before_bus, NULL);
+    struct sigaction *before = signal_number == SIGSEGV ? &before_segv : &before_bus;
+    if (before->sa_flags & SA_SIGINFO) before->sa_sigaction(signal_number, information, place);
+    else if (before->sa_handler != SIG_DFL && before->sa_handler != SIG_IGN) before->sa_handler(signal_number);
+    else sigaction(signal_number, before, NULL); /* it happens again, and ends the process */
 }
 
 void guard_against_faults(void) {
-    struct sigaction mine, now;
+    static bool installed; /* once: another copy of this library may have put its own before it meanwhile */
+    struct sigaction mine;
+    if (installed) return;
+    installed = true;
     memset(&mine, 0, sizeof mine);
     mine.sa_sigaction = on_fault;
     mine.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
-    sigaction(SIGSEGV, NULL, &now);
-    if (now.sa_sigaction == on_fault) return;
     sigaction(SIGSEGV, &mine, &before_segv);
     sigaction(SIGBUS, &mine, &before_bus);
 }
