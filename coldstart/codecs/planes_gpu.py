@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from coldstart.codecs.nvcomp import DecodeBatch, status_name
 from coldstart.devices.cuda_kernels import kernels_on
 from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
 from coldstart.errors import CodecError
@@ -36,26 +37,13 @@ _PLACE_BYTES = 16
 
 
 class FrameDecoder(Protocol):
-    """What is needed of nvCOMP: see ``codecs.nvcomp``, which names the units."""
+    """What is needed of nvCOMP (``codecs.nvcomp.Nvcomp``)."""
 
-    def zstd_temp_bytes(self, *, count: int, largest_bytes: int, total_bytes: int) -> int:
-        """Scratch for decoding ``count`` frames of at most ``largest_bytes`` each and ``total_bytes`` together."""
+    def zstd_temp_bytes(self, count: int, *, largest_raw_bytes: int, total_raw_bytes: int) -> int:
+        """Scratch for decoding so many frames."""
 
-    def zstd_decode(
-        self,
-        *,
-        stored: int,
-        stored_bytes: int,
-        room_bytes: int,
-        actual_bytes: int,
-        count: int,
-        temp: int,
-        temp_bytes: int,
-        decoded: int,
-        statuses: int,
-        stream: int,
-    ) -> None:
-        """Queue the decoding of ``count`` frames; the arguments are device addresses of tables."""
+    def zstd_decode(self, batch: DecodeBatch, *, stream: int) -> None:
+        """Queue the decoding of a batch. Raises CodecError."""
 
 
 class Limits(NamedTuple):
@@ -84,16 +72,18 @@ class PlanesDecoder:
 
     def __init__(self, gpu: Gpu, frames: FrameDecoder, limits: Limits) -> None:
         """Raises DeviceError where the GPU has no room for the scratch."""
+        self._gpu = gpu
         self._kernels = kernels_on(gpu)
         self._frames = frames
         self._limits = limits
         self._table = PinnedMemory(gpu, limits.blocks * _ADDRESS_BYTES * (_FRAME_TABLES + 1))
         self._results = PinnedMemory(gpu, limits.blocks * (_ADDRESS_BYTES + _STATUS_BYTES))
-        self._temp_bytes = frames.zstd_temp_bytes(
-            count=limits.blocks,
-            largest_bytes=limits.block_bytes,
-            total_bytes=min(limits.blocks * limits.block_bytes, limits.raw_bytes),
-        )
+        with gpu.current():
+            self._temp_bytes = frames.zstd_temp_bytes(
+                limits.blocks,
+                largest_raw_bytes=limits.block_bytes,
+                total_raw_bytes=min(limits.blocks * limits.block_bytes, limits.raw_bytes),
+            )
         self._device_table = DeviceMemory(gpu, len(self._table.view))
         self._device_results = DeviceMemory(gpu, len(self._results.view))
         self._temp = DeviceMemory(gpu, self._temp_bytes)
@@ -124,18 +114,19 @@ class PlanesDecoder:
     def _decode_frames(self, count: int, stream: Stream) -> None:
         table, results = self._device_table.address, self._device_results.address
         column_bytes = _ADDRESS_BYTES * count
-        self._frames.zstd_decode(
+        batch = DecodeBatch(
+            item_count=count,
             stored=table,
             stored_bytes=table + column_bytes,
+            targets=table + 3 * column_bytes,
             room_bytes=table + 2 * column_bytes,
-            actual_bytes=results,
-            count=count,
-            temp=self._temp.address,
-            temp_bytes=self._temp_bytes,
-            decoded=table + 3 * column_bytes,
+            decoded_bytes=results,
             statuses=results + column_bytes,
-            stream=stream.handle,
+            scratch=self._temp.address,
+            scratch_bytes=self._temp_bytes,
         )
+        with self._gpu.current():
+            self._frames.zstd_decode(batch, stream=stream.handle)
         stream.copy_out(self._results.address, results, (_ADDRESS_BYTES + _STATUS_BYTES) * count)
 
     def _merge(self, batch: Sequence[Encoded], blocks: int, stream: Stream) -> None:
@@ -165,7 +156,7 @@ class PlanesDecoder:
         for room, got, status in zip(self._rooms, actual, statuses, strict=True):
             if status or got != room:
                 raise CodecError(
-                    f"nvCOMP decoded a zstd frame of {room} bytes to {got} (status {status}): the frame is damaged,"
+                    f"nvCOMP decoded a zstd frame of {room} bytes to {got} ({status_name(status)}): the frame is damaged,"
                     " or this nvCOMP does not read it; COLDSTART_CODEC=raw stores without"
                 )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coldstart.devices.cuda_kernels import CHAINING_BYTES, chaining_bytes, kernels_on
+from coldstart.devices.cuda_kernels import kernels_on
 from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
+from coldstart.devices.kernels import DIGEST_BYTES, chaining_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +22,8 @@ class Hashes:
         self._kernels = kernels_on(gpu)
         self._scratch_bytes = chaining_bytes(largest_bytes)
         self._chaining = DeviceMemory(gpu, ranges * self._scratch_bytes)
-        self._digests = DeviceMemory(gpu, ranges * CHAINING_BYTES)
-        self._results = PinnedMemory(gpu, ranges * CHAINING_BYTES)
+        self._digests = DeviceMemory(gpu, ranges * DIGEST_BYTES)
+        self._results = PinnedMemory(gpu, ranges * DIGEST_BYTES)
         self._count = 0
 
     def queue(self, ranges: Sequence[tuple[int, int]], stream: Stream) -> None:
@@ -34,14 +35,14 @@ class Hashes:
                 address,
                 length_bytes,
                 chaining=self._chaining.address + index * self._scratch_bytes,
-                digest=self._digests.address + index * CHAINING_BYTES,
+                digest=self._digests.address + index * DIGEST_BYTES,
             )
-        stream.copy_out(self._results.address, self._digests.address, self._count * CHAINING_BYTES)
+        stream.copy_out(self._results.address, self._digests.address, self._count * DIGEST_BYTES)
 
     def found(self) -> list[str]:
         """After the stream is done: the hashes, in hexadecimal."""
-        digests = bytes(self._results.view[: self._count * CHAINING_BYTES])
-        return [digests[begin : begin + CHAINING_BYTES].hex() for begin in range(0, len(digests), CHAINING_BYTES)]
+        digests = bytes(self._results.view[: self._count * DIGEST_BYTES])
+        return [digests[begin : begin + DIGEST_BYTES].hex() for begin in range(0, len(digests), DIGEST_BYTES)]
 
     def end(self) -> None:
         """Give the scratch back; nothing may be queued any more."""

@@ -1,44 +1,24 @@
-"""The kernels that coldstart brings along, and how each is launched. Their sources lie in ``kernels/``, compiled to PTX.
-
-PTX is compiled for the GPU by its driver, which keeps the result in its own cache.
-"""
+"""The kernels that coldstart brings along, loaded on a GPU: each call queues work on a stream and returns."""
 
 from __future__ import annotations
 
 from ctypes import c_uint, c_ulonglong
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Literal
 
-from coldstart.errors import DeviceError
+from coldstart.devices import kernels
 
 if TYPE_CHECKING:
+    from ctypes import _SimpleCData
+
     from coldstart.devices.cuda_driver import Gpu, Stream
-
-LEAF_BYTES = 1024
-"""What BLAKE3 calls a chunk: the bytes below one leaf of its tree."""
-CHAINING_BYTES = 32
-"""What is kept of a leaf; and the length of a hash."""
-
-_PTX = Path(__file__).parent / "kernels" / "kernels.ptx"
-_NAMES = ("coldstart_merge_planes", "coldstart_blake3_leaves", "coldstart_blake3_tree")
-_MERGE_THREADS, _LEAF_THREADS, _TREE_THREADS = 256, 128, 512
-_STORE_BYTES = 16
-_STORES_A_THREAD = 4
-_MOST_ROWS = 65535
 
 
 class Kernels:
-    """The kernels, loaded on one GPU. Every call queues work on a stream and returns."""
+    """The kernels of one GPU. Their modules are compiled by its driver when one of their kernels is first used."""
 
     def __init__(self, gpu: Gpu) -> None:
-        """Raises DeviceError where the driver does not take them."""
-        try:
-            image = _PTX.read_bytes()
-        except OSError as error:
-            raise DeviceError(f"coldstart's kernels are not installed: {error}; install coldstart-gpu again") from error
-        functions = gpu.functions(image, _NAMES)
-        self._merge, self._leaves, self._tree = (functions[name] for name in _NAMES)
+        self._gpu = gpu
 
     def merge_planes(
         self,
@@ -51,43 +31,45 @@ class Kernels:
         block_count: int,
         item_bytes: int,
     ) -> None:
-        """Put the bytes of all planes in their places in ``target``.
+        """Put the bytes of all planes in their places in ``target``. Raises DeviceError.
 
         ``blocks``: the device address of the addresses (uint64) of the raw blocks, plane after plane, ``block_count`` of each;
         every block has ``block_bytes``, the last of a plane what is left of its ``plane_bytes``.
         """
-        stores = -(-min(block_bytes, plane_bytes) * item_bytes // _STORE_BYTES)
-        grid = (max(1, -(-stores // (_MERGE_THREADS * _STORES_A_THREAD))), max(1, min(block_count, _MOST_ROWS)))
-        arguments = (c_ulonglong(target), c_ulonglong(blocks), c_ulonglong(plane_bytes))
+        launch = kernels.merge(plane_bytes=plane_bytes, block_bytes=block_bytes, block_count=block_count)
+        places = (c_ulonglong(target), c_ulonglong(blocks), c_ulonglong(plane_bytes))
         sizes = (c_uint(block_bytes), c_uint(block_count), c_uint(item_bytes))
-        stream.launch(self._merge, grid, _MERGE_THREADS, *arguments, *sizes)
+        self._launch(stream, self._planes, launch, *places, *sizes)
 
     def blake3(self, stream: Stream, data: int, length_bytes: int, *, chaining: int, digest: int) -> None:
-        """Put the BLAKE3 hash of a range (32 bytes) at ``digest``.
+        """Put the BLAKE3 hash of a range (32 bytes) at ``digest``. Raises DeviceError.
 
-        ``chaining``: scratch of ``chaining_bytes(length_bytes)``. All are device addresses.
+        ``chaining``: scratch of ``kernels.chaining_bytes(length_bytes)``. All are device addresses.
         """
-        leaves = leaf_count(length_bytes)
-        grid = (-(-leaves // _LEAF_THREADS), 1)
-        stream.launch(
-            self._leaves, grid, _LEAF_THREADS, c_ulonglong(data), c_ulonglong(length_bytes), c_ulonglong(chaining)
-        )
-        stream.launch(
-            self._tree, (1, 1), _TREE_THREADS, c_ulonglong(chaining), c_ulonglong(leaves), c_ulonglong(digest)
-        )
+        leaves = c_ulonglong(kernels.leaf_count(length_bytes))
+        scratch = c_ulonglong(chaining)
+        launch = kernels.leaves(length_bytes)
+        self._launch(stream, self._hashing, launch, c_ulonglong(data), c_ulonglong(length_bytes), scratch)
+        self._launch(stream, self._hashing, kernels.tree(), scratch, leaves, c_ulonglong(digest))
 
+    @cached_property
+    def _planes(self) -> dict[str, int]:
+        return self._load(kernels.PLANES, "coldstart_merge_planes")
 
-def leaf_count(length_bytes: int) -> int:
-    """Leaves of BLAKE3's tree over so many bytes."""
-    return max(1, -(-length_bytes // LEAF_BYTES))
+    @cached_property
+    def _hashing(self) -> dict[str, int]:
+        return self._load(kernels.BLAKE3, "coldstart_blake3_leaves", "coldstart_blake3_tree")
 
+    def _load(self, module: Literal["planes", "blake3"], *names: str) -> dict[str, int]:
+        return self._gpu.functions(kernels.module(module), names)
 
-def chaining_bytes(length_bytes: int) -> int:
-    """Scratch for hashing so many bytes."""
-    return CHAINING_BYTES * leaf_count(length_bytes)
+    def _launch(
+        self, stream: Stream, loaded: dict[str, int], launch: kernels.Launch, *arguments: _SimpleCData[int]
+    ) -> None:
+        stream.launch(loaded[launch.kernel], launch.grid, launch.threads, *arguments)
 
 
 @cache
 def kernels_on(gpu: Gpu) -> Kernels:
-    """The kernels on ``gpu``, loaded once. Raises DeviceError."""
+    """The kernels of ``gpu``, one instance for the process."""
     return Kernels(gpu)

@@ -52,7 +52,7 @@ def begin(
         fetcher = Fetcher()
     except OSError:
         return None  # whoever fetches will see it again, and say so
-    wanted = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs)}
+    wanted: dict[str, object] = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs)}
     if way is not None:
         wanted |= {"ring_bytes": way.ring_bytes, "device_codecs": list(way.device_codecs)}
     fetcher.tell({"url": address.url, "options": address.options._asdict(), **wanted})

@@ -161,7 +161,13 @@ def _say_object(
     descriptors: Sequence[int] = (),
     **further: object,
 ) -> None:
-    found = {"key": key, "etag": etag, "is_manifest": is_manifest, "found_monotonic_seconds": time.monotonic(), **further}
+    found = {
+        "key": key,
+        "etag": etag,
+        "is_manifest": is_manifest,
+        "found_monotonic_seconds": time.monotonic(),
+        **further,
+    }
     outbox.say(found, data, descriptors)
 
 

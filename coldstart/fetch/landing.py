@@ -331,13 +331,11 @@ class _Waiter:
 def land(request: FetchRequest, ring: Ring) -> Landing:
     """Begin to put what comes through ``ring`` into the arena of a request, which is on a GPU."""
     assert isinstance(request.arena, CudaArena)
-    return Landing(
-        request.manifest, request.arena, ring, open_frames=_open_frames, verify_raw=request.verify_raw
-    )
+    return Landing(request.manifest, request.arena, ring, open_frames=_open_frames, verify_raw=request.verify_raw)
 
 
 def device_codecs() -> tuple[str, ...]:
-    """Codecs that GPUs decode here, as far as can be told without opening one: what nvCOMP is needed for where it is installed."""
+    """Codecs that GPUs decode here, as far as can be told without opening one: where nvCOMP is installed, those that need it."""
     from coldstart.codecs.nvcomp import is_installed
 
     return (PLANES,) if is_installed() else ()

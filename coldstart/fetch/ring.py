@@ -66,6 +66,7 @@ class Ring:
         self._epoch = 0
         self._held: set[int] = set()
         self._is_stopped = False
+        self._is_woken = False
         try:
             self._memory = mmap.mmap(files.memory, slot_bytes * slots, flags=mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
@@ -128,13 +129,15 @@ class Ring:
     def filled(self, most: int) -> list[Filled]:
         """Wait for a filled slot, and take what else is there, up to ``most``. Empty after ``wake``, and once stopped."""
         found: list[Filled] = []
-        while not self._is_stopped and len(found) < most:
+        while not (self._is_stopped or self._is_woken) and len(found) < most:
             if not _has_input(self.files.filled_reader, 0.0 if found else None):
                 break
             record = _read(self.files.filled_reader, _FILLED.size)
-            if record is None or record == _WAKING:
-                break
-            found += self._accepted(*_FILLED.unpack(record))
+            self._is_woken = record is None or record == _WAKING
+            if record is not None and not self._is_woken:
+                found += self._accepted(*_FILLED.unpack(record))
+        if not found:
+            self._is_woken = False
         return found
 
     def wake(self) -> None:

@@ -41,7 +41,7 @@ class Emulation:
         plane_bytes = len(planes[0])
         begins = range(0, plane_bytes, block_bytes)
         pieces = [plane[begin : begin + block_bytes] for plane in planes for begin in begins]
-        rooms = [shifted(piece, (block_shift + 5 * index) % 16) for index, piece in enumerate(pieces)]
+        rooms = [shifted(piece, (block_shift + 5 * index) % 16, granule=4) for index, piece in enumerate(pieces)]
         addresses = np.array([room.ctypes.data for room in rooms], np.uint64)
         target = shifted(np.full(plane_bytes * len(planes) + 2 * _MARGIN, _UNTOUCHED, np.uint8), target_shift)
         place = target[_MARGIN:-_MARGIN]
@@ -70,12 +70,13 @@ class Emulation:
         return digest.tobytes()
 
 
-def shifted(values: np.ndarray, shift: int) -> np.ndarray:
-    """A copy that begins ``shift`` bytes after a multiple of 16, and ends where its memory ends."""
-    memory = np.empty(len(values) + shift, np.uint8)
+def shifted(values: np.ndarray, shift: int, *, granule: int = 1) -> np.ndarray:
+    """A copy that begins ``shift`` bytes after a multiple of 16. Its memory ends there, or with the ``granule`` it ends in."""
+    end = shift + len(values)
+    memory = np.empty(-(-end // granule) * granule, np.uint8)
     assert memory.ctypes.data % 16 == 0
-    memory[shift:] = values
-    return memory[shift:]
+    memory[shift:end] = values
+    return memory[shift:end]
 
 
 def random_bytes(length: int) -> np.ndarray:

@@ -8,10 +8,10 @@ capture ``blake3``. What the kernels take and give is said in the ``.cu`` files 
 from __future__ import annotations
 
 import os
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-PLANES = "planes"
-BLAKE3 = "blake3"
+PLANES: Final = "planes"
+BLAKE3: Final = "blake3"
 SUFFIX = ".ptx"
 
 LEAF_BYTES = 1024

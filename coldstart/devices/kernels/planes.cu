@@ -3,9 +3,10 @@
 // All that this kernel does is move memory, so it is built around its accesses. For items of 2 and 4 bytes, the ones that are
 // worth planes, a thread makes whole stores of 16 bytes, side by side with those of its neighbours, and reads each plane in
 // words of 4 bytes. Blocks that were stored as they are lie wherever their chunk had them, so a plane may begin at any address:
-// words are then read at the aligned addresses around it, and shifted. No byte outside a block is read. The few items at the
-// edges, which no whole store covers, go byte by byte; so do items of any other size, for which nobody should wait at a start
-// until more code is compiled.
+// words are then read at the aligned addresses around it, and shifted. That reads up to 3 bytes before and after a block, never a
+// word that holds none of its bytes: so it stays inside of any memory that is handed out in whole words. The few items at the
+// edges of a target, which no whole store covers, go byte by byte; so do items of any other size, for which nobody should wait
+// at a start until more code is compiled.
 //
 // Any grid is right. A good one has 256 threads in x, one row of it (grid y) for each block of a plane, and as many columns
 // (grid x) that a thread makes about four stores: the addresses that it reads first cost as much as one.
@@ -30,31 +31,22 @@ static __device__ __forceinline__ Word offset_in(const unsigned char* address, W
     return static_cast<Word>(reinterpret_cast<Size>(address) % boundary);
 }
 
-// Reads COUNT words of a block from `position` on. False, and nothing read, where that takes bytes outside the block.
+// Reads COUNT words from `place` on. Without branches, so that the words of all planes are on their way before one is needed.
 template <Word COUNT>
-static __device__ __forceinline__ bool read_words(Word* words, const unsigned char* block, Size position, Size block_bytes)
+static __device__ __forceinline__ void read_words(Word* words, const unsigned char* place)
 {
-    const unsigned char* place = block + position;
     const Word skipped = offset_in(place, WORD_BYTES);
     const Word* aligned = reinterpret_cast<const Word*>(place - skipped);
-    if (skipped == 0) {
-#pragma unroll
-        for (Word index = 0; index < COUNT; ++index) {
-            words[index] = aligned[index];
-        }
-        return true;
-    }
-    if (position < skipped || block_bytes - (position - skipped) < (COUNT + 1) * WORD_BYTES) {
-        return false;
-    }
-    Word low = aligned[0];
+    Word read[COUNT + 1];
 #pragma unroll
     for (Word index = 0; index < COUNT; ++index) {
-        const Word high = aligned[index + 1];
-        words[index] = __funnelshift_r(low, high, 8 * skipped);
-        low = high;
+        read[index] = aligned[index];
     }
-    return true;
+    read[COUNT] = aligned[skipped == 0 ? 0 : COUNT];  // not needed at an aligned place, where none may be left to read
+#pragma unroll
+    for (Word index = 0; index < COUNT; ++index) {
+        words[index] = __funnelshift_r(read[index], read[index + 1], 8 * skipped);
+    }
 }
 
 // The words of two planes to those of items of two bytes. The digits of a selector pick bytes, least significant first: 0 to 3
@@ -92,19 +84,12 @@ static __device__ __forceinline__ void merge_items(
 }
 
 template <Word ITEM_BYTES>
-static __device__ __forceinline__ void merge_unit(
-    unsigned char* target, const unsigned char* const* sources, Size first, Size item_count)
+static __device__ __forceinline__ void merge_unit(unsigned char* target, const unsigned char* const* sources, Size first)
 {
-    typedef Unit<ITEM_BYTES> Made;
-    Word planes[ITEM_BYTES][Made::words];
-    bool complete = true;
+    Word planes[ITEM_BYTES][Unit<ITEM_BYTES>::words];
 #pragma unroll
     for (Word plane = 0; plane < ITEM_BYTES; ++plane) {
-        complete &= read_words<Made::words>(planes[plane], sources[plane], first, item_count);
-    }
-    if (!complete) {
-        merge_items<ITEM_BYTES>(target, sources, first, first + Made::items, 1);
-        return;
+        read_words<Unit<ITEM_BYTES>::words>(planes[plane], sources[plane] + first);
     }
     *reinterpret_cast<uint4*>(target + first * ITEM_BYTES) = interleaved(planes);
 }
@@ -133,11 +118,11 @@ static __device__ __forceinline__ void merge_block(unsigned char* target, const 
     const Word threads = gridDim.x * blockDim.x;
     const Word thread = blockIdx.x * blockDim.x + threadIdx.x;
     const Size head = items_to_boundary<ITEM_BYTES>(target, item_count);
-    const Size tail = head + (item_count - head) / unit_items * unit_items;
+    const Word units = static_cast<Word>((item_count - head) / unit_items);
+    const Size tail = head + static_cast<Size>(units) * unit_items;
 #pragma unroll 1
-    for (Size first = head + static_cast<Size>(thread) * unit_items; first < tail;
-         first += static_cast<Size>(threads) * unit_items) {
-        merge_unit<ITEM_BYTES>(target, sources, first, item_count);
+    for (Word unit = thread; unit < units; unit += threads) {
+        merge_unit<ITEM_BYTES>(target, sources, head + static_cast<Size>(unit) * unit_items);
     }
     merge_items<ITEM_BYTES>(target, sources, thread, head, threads);
     merge_items<ITEM_BYTES>(target, sources, tail + thread, item_count, threads);
