@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import numpy
+import numpy as np
 
 from coldstart.devices.cuda_driver import open_gpu
 from coldstart.devices.cuda_memory import DeviceMemory
 
-dtype = numpy.dtype
+dtype = np.dtype
 __version__ = "0.0.fake"
 
 
@@ -51,15 +51,15 @@ class ndarray:
     __slots__ = ("__weakref__", "_host", "data", "device", "dtype", "nbytes", "shape", "size", "strides")
 
     def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None) -> None:
-        kind = numpy.dtype(dtype)
+        kind = np.dtype(dtype)
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         if memptr is None:
-            memory = DeviceMemory(open_gpu(0), int(numpy.prod(shape)) * kind.itemsize)
+            memory = DeviceMemory(open_gpu(0), int(np.prod(shape)) * kind.itemsize)
             memptr = _Pointer(_Memory(memory.address, memory.length_bytes, memory, 0), 0)
         self.data = memptr
         self.device = _Device(memptr.mem.device_id)
         view = {"shape": shape, "typestr": kind.str, "strides": strides}
-        self._host = numpy.asarray(_Window(memptr.ptr, view))
+        self._host = np.asarray(_Window(memptr.ptr, view))
         self.shape, self.dtype, self.size = self._host.shape, self._host.dtype, self._host.size
         self.strides, self.nbytes = self._host.strides, self._host.nbytes
 
@@ -68,7 +68,7 @@ class ndarray:
         """The array, for others that compute on the device."""
         return {"version": 3, "shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False)}
 
-    def get(self) -> numpy.ndarray:
+    def get(self) -> np.ndarray:
         """A copy in host memory."""
         return self._host.copy()
 
@@ -92,7 +92,7 @@ def asarray(values: Any, dtype: Any = None) -> ndarray:
     """Copy values to the fake device; an array that is there already is returned as it is."""
     if isinstance(values, ndarray):
         return values
-    host = numpy.array(values, dtype, order="C")
+    host = np.array(values, dtype, order="C")
     made = ndarray(host.shape, host.dtype)
     ctypes.memmove(made.data.ptr, host.ctypes.data, host.nbytes)
     return made
