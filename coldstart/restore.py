@@ -340,9 +340,10 @@ class Restoration:
 
         ring = None if self._ahead is None else self._ahead.ring(key)
         ring = ring or Ring.make(*shape_of(wanted.manifest, way.ring_bytes))
+        wanted = wanted._replace(ring=ring, device_codecs=way.device_codecs)
         landing = land(wanted, ring)
         try:
-            fetch = self._begin(wanted._replace(arena=None, ring=ring, device_codecs=way.device_codecs), key)
+            fetch = self._begin(wanted._replace(arena=None), key)
             report = self._waited_for(fetch)
             landing.wait()
         except ColdstartError as error:
