@@ -237,6 +237,24 @@ def test_the_loaders_path_comes_first(own_gpu_folder):
     assert subprocess.check_output(command, env=environment, timeout=60, text=True).strip() == "libnvcomp.so.6"
 
 
+def test_what_is_installed_is_seen_without_loading_it(monkeypatch, tmp_path):
+    """A library in the package or on the loader's path counts; a package of another major does not."""
+    monkeypatch.setattr(binding, "_package_folders", lambda: [str(tmp_path)])
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    folder = tmp_path / "lib64"
+    folder.mkdir()
+    (folder / "libnvcomp.so.5").touch()
+    assert not binding.is_installed()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}/elsewhere")
+    assert not binding.is_installed()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "libnvcomp.so.6").touch()
+    assert binding.is_installed()
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    (folder / "libnvcomp.so.6").touch()
+    assert binding.is_installed()
+
+
 # --- what only the fake promises ---
 
 

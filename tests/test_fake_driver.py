@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.driver import BYTES, SIZE, DriverContract
+from tests.contracts.kernels import KernelsContract
 from tests.fake_gpu.calls import (
     ADD_TO_BYTES,
     CONTEXT_IS_DESTROYED,
@@ -94,17 +95,38 @@ class TestFakeDriver(DriverContract):
         return made
 
 
+class TestEmulatedKernels(KernelsContract):
+    @pytest.fixture
+    def driver(self, start: Callable[..., Driver]) -> Driver:
+        made = start(EMULATION="", DRIVER_VERSION="11080")
+        made.open()
+        return made
+
+
+@pytest.fixture
+def real() -> Iterator[Driver]:
+    """NVIDIA's own driver, open."""
+    if reason := real_driver():
+        pytest.skip(reason)
+    made = Driver("libcuda.so.1")
+    made.open()
+    yield made
+    made.do("cuCtxSynchronize")
+    made.do("cuDevicePrimaryCtxRelease_v2", 0)
+
+
 @pytest.mark.gpu
 class TestRealDriver(DriverContract):
     @pytest.fixture
-    def driver(self) -> Iterator[Driver]:
-        if reason := real_driver():
-            pytest.skip(reason)
-        made = Driver("libcuda.so.1")
-        made.open()
-        yield made
-        made.do("cuCtxSynchronize")
-        made.do("cuDevicePrimaryCtxRelease_v2", 0)
+    def driver(self, real: Driver) -> Driver:
+        return real
+
+
+@pytest.mark.gpu
+class TestRealKernels(KernelsContract):
+    @pytest.fixture
+    def driver(self, real: Driver) -> Driver:
+        return real
 
 
 @pytest.fixture

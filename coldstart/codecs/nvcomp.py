@@ -22,6 +22,7 @@ import os
 from ctypes import POINTER, Structure, byref, c_char, c_int, c_size_t, c_uint8, c_uint32, c_void_p
 from typing import Any, NamedTuple
 
+from coldstart.config import read_variable
 from coldstart.errors import CodecError
 
 MAJOR = 6
@@ -369,3 +370,14 @@ def _package_folders() -> list[str]:
     except ModuleNotFoundError:  # nothing of NVIDIA's is there
         return []
     return list(spec.submodule_search_locations or ()) if spec is not None else []
+
+
+def is_installed() -> bool:
+    """Whether ``Nvcomp.load`` would find a library, as far as a look at files can tell: loading it takes longer."""
+    folders = (read_variable("LD_LIBRARY_PATH") or "").split(":")
+    if any(os.path.exists(os.path.join(folder, LIBRARY)) for folder in folders if folder):
+        return True
+    try:
+        return bool(_find_in_package())
+    except CodecError:
+        return False
