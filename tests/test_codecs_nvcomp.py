@@ -38,7 +38,6 @@ def packaged() -> str | None:
 
 LIBRARY = packaged()
 real = pytest.mark.skipif(LIBRARY is None, reason="nvCOMP 6 is not installed: pip install nvidia-libnvcomp-cu12")
-without_driver = pytest.mark.skipif(real_driver() is None, reason="there is a GPU: calls without one cannot be tried")
 
 
 @pytest.fixture
@@ -64,18 +63,24 @@ class TestFakeNvcomp(NvcompContract):
         return fake
 
 
+@pytest.fixture(scope="module")
+def real_bench() -> Iterator[Bench]:
+    """The real nvCOMP on the real driver."""
+    if reason := real_driver():
+        pytest.skip(reason)
+    driver = Driver("libcuda.so.1")
+    driver.open()
+    yield Bench(driver, Nvcomp.load(LIBRARY), driver.stream())
+    driver.do("cuCtxSynchronize")
+    driver.do("cuDevicePrimaryCtxRelease_v2", 0)
+
+
 @pytest.mark.gpu
 @real
 class TestRealNvcomp(NvcompContract):
     @pytest.fixture
-    def bench(self) -> Iterator[Bench]:
-        if reason := real_driver():
-            pytest.skip(reason)
-        driver = Driver("libcuda.so.1")
-        driver.open()
-        yield Bench(driver, Nvcomp.load(LIBRARY), driver.stream())
-        driver.do("cuCtxSynchronize")
-        driver.do("cuDevicePrimaryCtxRelease_v2", 0)
+    def bench(self, real_bench: Bench) -> Bench:
+        return real_bench
 
 
 # --- the real library, which needs no GPU to be looked at ---
@@ -155,9 +160,10 @@ def test_the_real_library_answers_without_a_gpu(own_gpu_folder):
 
 
 @real
-@without_driver
 def test_the_real_library_refuses_work_without_a_gpu():
     """A batch that cannot be queued is an error that says what is missing, in every function; nothing crashes."""
+    if real_driver() is None:
+        pytest.skip("there is a GPU: calls without one cannot be tried")
     nvcomp, room = Nvcomp.load(LIBRARY), (ctypes.c_uint64 * 64)()
     place = ctypes.addressof(room) + 15 & ~15
     decode = DecodeBatch(1, place, place, place, place, place, place, place, 128)

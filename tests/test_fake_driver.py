@@ -103,7 +103,7 @@ class TestEmulatedKernels(KernelsContract):
         return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def real() -> Iterator[Driver]:
     """NVIDIA's own driver, open."""
     if reason := real_driver():
@@ -249,6 +249,14 @@ def test_copies_that_leave_their_memory_are_refused(driver):
     begin = ctypes.addressof(source)
     assert driver.call("cuMemcpyHtoDAsync_v2", target, begin + SIZE // 2, SIZE, 0) == INVALID_VALUE
     assert driver.call("cuMemcpyHtoDAsync_v2", target, target, SIZE, 0) == INVALID_VALUE
+
+
+def test_a_copy_to_freed_memory_is_refused(driver):
+    """At the call, whatever a real driver makes of an address that it may have given to somebody else."""
+    address, source = driver.memory(BYTES), driver.pinned(BYTES)
+    driver.do("cuMemFree_v2", address)
+    assert driver.call("cuMemcpyHtoDAsync_v2", address, source, SIZE, 0) == INVALID_VALUE
+    assert driver.call("cuMemcpyDtoHAsync_v2", source, address, SIZE, 0) == INVALID_VALUE
 
 
 def test_host_memory_that_is_not_mapped_cannot_be_pinned(driver):
