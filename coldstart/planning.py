@@ -113,7 +113,7 @@ class Planner:
             return None
         if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
-                part.survey = survey(subject(self._definition, part.state))
+                part.survey = survey(subject(self._definition, part.state), gpu=self._parts.device.ordinal)
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None

@@ -374,8 +374,8 @@ def _package_folders() -> list[str]:
 
 def is_installed() -> bool:
     """Whether ``Nvcomp.load`` would find a library, as far as a look at files can tell: loading it takes longer."""
-    folders = (read_variable("LD_LIBRARY_PATH") or "").split(":")
-    if any(os.path.exists(os.path.join(folder, LIBRARY)) for folder in folders if folder):
+    folders = filter(None, (read_variable("LD_LIBRARY_PATH") or "").split(":"))
+    if any(os.path.exists(os.path.join(folder, LIBRARY)) for folder in folders):
         return True
     try:
         return bool(_find_in_package())

@@ -93,6 +93,9 @@ class Device(ABC):
     has_own_memory: bool = False
     """Whether its memory is not the host's: chunks then reach it by way of a ring (``fetch.ring``)."""
 
+    ordinal: int = -1
+    """The number of the GPU that it is, counted among those that the process may use; -1: it is none."""
+
     @property
     def label(self) -> str:
         """What frameworks call it."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from coldstart.devices.base import Arena, Device, DeviceInfo
 from coldstart.devices.cpu import CpuDevice
 from coldstart.devices.cuda_driver import Stream, open_gpu
-from coldstart.devices.cuda_memory import ALIGNMENT_BYTES, DeviceBytes, DeviceMemory, copy_out, host_address
+from coldstart.devices.cuda_memory import ALIGNMENT_BYTES, DeviceMemory, copy_out, host_address
+from coldstart.devices.device_bytes import DeviceBytes
 from coldstart.errors import DeviceError
 
 if TYPE_CHECKING:

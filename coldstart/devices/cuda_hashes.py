@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coldstart.devices.cuda_driver import Stream, open_gpu
 from coldstart.devices.cuda_kernels import kernels_on
 from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
 from coldstart.devices.kernels import DIGEST_BYTES, chaining_bytes
@@ -11,7 +12,11 @@ from coldstart.devices.kernels import DIGEST_BYTES, chaining_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coldstart.devices.cuda_driver import Gpu, Stream
+    from coldstart.devices.cuda_driver import Gpu
+    from coldstart.devices.device_bytes import DeviceBytes
+
+
+_PIECE_BYTES = 16 << 20
 
 
 class Hashes:
@@ -48,3 +53,22 @@ class Hashes:
         """Give the scratch back; nothing may be queued any more."""
         for memory in (self._chaining, self._digests, self._results):
             memory.end()
+
+
+def hash_of_device(data: DeviceBytes) -> str:
+    """One hash of device memory, made of those of its pieces: to be compared with itself alone. Raises DeviceError."""
+    from blake3 import blake3
+
+    gpu = open_gpu(data.ordinal)
+    ranges = [
+        (data.address + begin, min(_PIECE_BYTES, data.length_bytes - begin))
+        for begin in range(0, data.length_bytes, _PIECE_BYTES)
+    ]
+    hashes, stream = Hashes(gpu, max(1, len(ranges)), _PIECE_BYTES), Stream(gpu, is_urgent=False)
+    try:
+        hashes.queue(ranges, stream)
+        stream.synchronize()
+        return str(blake3("".join(hashes.found()).encode()).hexdigest())
+    finally:
+        stream.end()
+        hashes.end()
