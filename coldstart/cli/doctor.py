@@ -27,7 +27,7 @@ PACKAGES = (
     ("onnxscript", "onnx-export", "making programs for a CPU"),
     ("tokenizers", "demo", "the demo handler"),
     ("cupy-cuda12x", "gpu", "states on an NVIDIA GPU"),
-    ("nvidia-nvcomp-cu12", "gpu", "decompression on the GPU"),
+    ("nvidia-libnvcomp-cu12", "gpu", "decompression on the GPU"),
     ("runpod", "runpod", "serving on RunPod"),
     ("modal", "modal", "serving on Modal"),
 )
