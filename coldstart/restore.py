@@ -305,7 +305,7 @@ class Restoration:
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
         request = self.request
-        if request.pinned:
+        if request.pinned or request.device.has_own_memory:
             return None
         return map_segments(
             manifest,
