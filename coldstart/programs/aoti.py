@@ -16,7 +16,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import ProgramError, ProgramRuntimeError
+from coldstart.errors import DeviceError, ProgramError, ProgramRuntimeError
 from coldstart.frameworks import torch as for_torch
 from coldstart.programs.base import Backend, Runner
 from coldstart.programs.calls import as_torch
@@ -153,17 +153,29 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _gpu_names() -> str:
-    """The GPUs of this machine, by the driver's own record: a package has kernels for one architecture."""
+    """The GPUs of this machine, by the driver's own record: a package has kernels for one architecture.
+
+    Where containers hide that record, the driver is asked, which opens the first GPU.
+    """
     root, names = "/proc/driver/nvidia/gpus", set[str]()
     try:
         for bus in os.listdir(root):
             with open(os.path.join(root, bus, "information"), encoding="utf-8") as file:
                 names.update(line.partition(":")[2].strip() for line in file if line.startswith("Model"))
-    except OSError as error:
+    except OSError:
+        names = {_opened_name()}
+    return ", ".join(sorted(names))
+
+
+def _opened_name() -> str:
+    from coldstart.devices.cuda_driver import open_gpu
+
+    try:
+        return open_gpu(0).name
+    except DeviceError as error:
         raise ProgramRuntimeError(
             f"which GPU this is cannot be seen ({error}), so no program can be chosen for it: start without one"
         ) from error
-    return ", ".join(sorted(names))
 
 
 def _runtime() -> Any:
