@@ -151,10 +151,10 @@ class Landing:
             chunk = self._manifest.chunks[filled.chunk]
             planes = self._planes(filled, chunk)
             if filled.chunk in self._taken:  # a fetcher died, and another did its work again
-                self._ring.release(filled.slot)
+                self._ring.release([filled.slot])
             elif not self._arena.is_on_device(chunk.segment) or (planes is None and not filled.is_raw):
                 self._place(filled, chunk)
-                self._ring.release(filled.slot)
+                self._ring.release([filled.slot])
             else:
                 batch.slots.append(filled.slot)
                 if planes is None:
@@ -177,7 +177,7 @@ class Landing:
             decoding.wait_for(event)
             self._decode(batch, scratch, decoding)
             decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
-        copied.add(event, partial(self._release, batch.slots))
+        copied.add(event, partial(self._ring.release, batch.slots))
 
     def _planes(self, filled: Filled, chunk: Chunk) -> Planes | None:
         """The table of a chunk that the GPU is to decode; None for any other."""
@@ -206,10 +206,6 @@ class Landing:
             item_bytes = self._manifest.segments[chunk.segment].item_bytes
             codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
         self._arena.place(chunk.segment, chunk.offset_bytes, raw)
-
-    def _release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._ring.release(slot)
 
     # --- on the device -----------------------------------------------------------------------------------------------
 
