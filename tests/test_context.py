@@ -39,6 +39,7 @@ def ctx(tmp_path, seen):
         span=span,
         log=lambda message, fields: seen.append((message, dict(fields))),
         scratch=tmp_path / "scratch",
+        pool=lambda *asked: seen.append(asked),
     )
 
 
