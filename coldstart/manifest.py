@@ -885,7 +885,7 @@ def _check_pool_arrays(manifest: Manifest) -> None:
         raise ManifestError("an array of a pool is there twice, or without its pool")
     for array in manifest.pool_arrays:
         items = math.prod(array.shape)
-        if items > lengths[array.name] or lengths[array.name] > items * MAX_ITEM_BYTES:
+        if not 0 < items <= lengths[array.name] or lengths[array.name] > items * MAX_ITEM_BYTES:
             raise ManifestError(f"pool {array.name!r} of {lengths[array.name]} bytes has the shape {array.shape}")
     paths = [path for array in manifest.pool_arrays for path in array.paths]
     if len(set(paths)) != len(paths) or not set(paths).isdisjoint(leaf.path for leaf in manifest.leaves):

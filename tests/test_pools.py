@@ -110,7 +110,9 @@ def test_too_large() -> None:
 
 def test_refused_memory() -> None:
     """Memory that the system refuses, where nothing is known of what is free, is the same error."""
-    with pytest.raises(DeviceError, match=f"pool 'kv' needs {1 << 61} bytes of memory and 0 are free on cpu: .*llocate"):
+    with pytest.raises(
+        DeviceError, match=f"pool 'kv' needs {1 << 61} bytes of memory and 0 are free on cpu: .*llocate"
+    ):
         Start(device=Small(free_bytes=0)).ask("kv", (1 << 61,), "uint8")
 
 
@@ -367,6 +369,4 @@ def test_event_is_published() -> None:
     )
     pools.begin(lambda: planned(manifest, None, "cpu"))
     pools.let_go()
-    assert seen == [
-        events.PoolPassedOver("net", "pool 'kv' (4 bytes) is in the snapshot's list and was not asked for")
-    ]
+    assert seen == [events.PoolPassedOver("net", "pool 'kv' (4 bytes) is in the snapshot's list and was not asked for")]

@@ -1,0 +1,68 @@
+"""Pools in real processes: listed by the first start, allocated ahead by the next, and stored by none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coldstart.manifest import Pool, manifest_from_json
+from tests.starts import Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CACHED = """
+import numpy as np
+from coldstart import coldstart
+
+def load(ctx):
+    return {"w": np.arange(64, dtype=np.float32), "seen": ctx.pool("seen", (64,), "float32"), "unit": "m"}
+
+def init(ctx, state):
+    kept = ctx.pool("kept", (1 << 22,), "float64", kind="activations")
+    return {"dirty": bool(kept.any() or state["seen"].any()), "kept": kept, **state}
+
+@coldstart("cached", load=load, init=init, warmup=[1.0, 2.0])
+def handler(event, model):
+    model["seen"] += event["input"]
+    model["kept"][:64] += model["w"] * model["seen"]
+    return {"sum": float(model["kept"].sum()), "dirty": model["dirty"]}
+"""
+
+
+def test_pools_of_a_plain_tree(tmp_path: Path) -> None:
+    """A tree with a pool in it is restored without the pool's bytes; both pools are zeros, and made beside the fetch."""
+    project = Project(tmp_path)
+    project.write(CACHED)
+    first = project.run("--input", "3")
+    (stored,) = project.objects("manifests")
+    manifest = manifest_from_json(stored.read_bytes())
+    assert manifest.raw_bytes == 256
+    assert manifest.pools == (Pool("seen", "kv_cache", 256), Pool("kept", "activations", 1 << 25))
+    second = project.run("--input", "3")
+    assert (first.kind, second.kind) == ("cold", "restored")
+    assert first.output == second.output == {"sum": 2016.0 * (1 + 3 + 6), "dirty": False}
+    phases = [{phase["name"]: phase for phase in start.record["phases"]} for start in (first, second)]
+    assert [each["pool_alloc"]["skipped"] for each in phases] == ["no snapshot lists pools", ""]
+    (span,) = (span for span in second.record["spans"] if span["track"] == "pools")
+    assert span["began_seconds"] < phases[1]["weight_load"]["ended_seconds"]
+    assert span["ended_seconds"] <= phases[1]["pool_alloc"]["ended_seconds"]
+
+
+def test_phase_switched_off(tmp_path: Path) -> None:
+    """Without the phase nothing is allocated ahead, and the answers are the same."""
+    project = Project(tmp_path)
+    project.write(CACHED)
+    first = project.run("--input", "3")
+    second = project.run("--input", "3", COLDSTART_SKIP_PHASES="pool_alloc", COLDSTART_CAPTURE="off")
+    assert (second.kind, second.output) == ("restored", first.output)
+    assert [span for span in second.record["spans"] if span["track"] == "pools"] == []
+
+
+def test_handler_that_asks_for_more(tmp_path: Path) -> None:
+    """``init`` is no part of the key: one that asks for a larger pool than its snapshot lists gets that."""
+    project = Project(tmp_path)
+    project.write(CACHED)
+    first = project.run("--input", "3")
+    project.edit("1 << 22", "1 << 23")
+    second = project.run("--input", "3", COLDSTART_CAPTURE="off")
+    assert (second.kind, second.output) == ("restored", first.output)
