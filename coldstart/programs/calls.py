@@ -46,7 +46,7 @@ class _Alone:
 
 
 class EagerCall(_Alone):
-    """An entry point as the state's own code computes it, without gradients.
+    """An entry point as the state's own code computes it, without gradients, on the device where the state is.
 
     ``note``, if given, is told of every call: its structure and its arrays.
     """
@@ -54,6 +54,7 @@ class EagerCall(_Alone):
     def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays], None] | None = None) -> None:
         self._point = point
         self._note = note
+        self._device = _device_of(point.function)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call it. Raises ProgramCallError for arguments that no program could take, and what the user's code raises."""
@@ -62,7 +63,7 @@ class EagerCall(_Alone):
         point = self._point
         named = named_arguments(point.parameters, arguments, options, entry=point.path)
         structure, arrays = taken_apart(named, "", entry=point.path)
-        given = put_together(structure, [as_torch(array) for _, array in arrays])
+        given = put_together(structure, [as_torch(array).to(self._device) for _, array in arrays])
         with torch.inference_mode():
             result = called_with(point.function, given)
         shape, results = taken_apart(result, "", entry=point.path)
@@ -97,6 +98,18 @@ class ProgramCall(_Alone):
                 f"entry point {entry.path!r} gave {len(results)} results instead of {len(entry.signature.outputs)}"
             )
         return put_together(entry.signature.results, delivered(results, arrays))
+
+
+def _device_of(function: Any) -> Any:
+    """Where the module is that is called, or that the method is a method of: its arguments are moved there."""
+    from itertools import chain
+
+    import torch
+
+    owner = getattr(function, "__self__", function)
+    if not isinstance(owner, torch.nn.Module):
+        return None
+    return next((tensor.device for tensor in chain(owner.parameters(), owner.buffers())), None)
 
 
 def delivered(results: Sequence[Any], arguments: _NamedArrays) -> list[Any]:
