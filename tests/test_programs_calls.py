@@ -178,8 +178,7 @@ def test_any_number_of_arguments() -> None:
 
 
 def test_arguments_go_where_the_state_is() -> None:
-    """The eager call moves its arguments to the device of the module that is called, or whose method is: here to one
-    without bytes, in whose place a GPU would be."""
+    """The eager call moves its arguments to the device of the module that it calls, here to meta in place of a GPU."""
     net = torch.nn.Linear(2, 4, device="meta")
     assert eager(net)(torch.ones(3, 2)).device.type == "meta"
     assert eager(net.forward)(torch.ones(3, 2)).device.type == "meta"
