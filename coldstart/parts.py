@@ -38,7 +38,7 @@ from coldstart.keys import key_from_functions
 from coldstart.part import Part
 from coldstart.part_loading import Loader
 from coldstart.part_restoring import Restorer, pass_over
-from coldstart.pools import Pools, planned
+from coldstart.pools import Plan, Pools, planned
 from coldstart.program_start import NONE as NO_PROGRAMS
 from coldstart.program_start import eager_entries
 from coldstart.recovery import LOAD, check_load
@@ -46,14 +46,13 @@ from coldstart.segments import keep_segments
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from coldstart.capture import Encoding
     from coldstart.definition import Definition
     from coldstart.fetch.base import FetchReport
     from coldstart.loops import Loops
     from coldstart.metrics import Timeline
-    from coldstart.pools import Planned
     from coldstart.program_start import Accepted
     from coldstart.save import Saving
 
@@ -168,12 +167,17 @@ class Parts:
 
     # --- phase weight_load, and pool_alloc beside it ------------------------------------------------------------------
 
-    def planned_pools(self) -> Iterator[Planned]:
+    def pool_plan(self) -> Plan:
         """The pools of the generations that are being restored: waits until it is known which those are."""
-        for restoration in [part.restoration for part in self.parts if part.restoration is not None]:
-            manifest = restoration.manifest()
-            if manifest is not None:
-                yield from planned(manifest, restoration.program(), self.device.type)
+        restorations = [part.restoration for part in self.parts if part.restoration is not None]
+        found = [(each.manifest(), each.program()) for each in restorations]
+        pools = {
+            each.pool.name: each
+            for manifest, program in found
+            if manifest is not None
+            for each in planned(manifest, program, self.device.type)
+        }
+        return Plan(tuple(pools.values()), sum(manifest.raw_bytes for manifest, _ in found if manifest is not None))
 
     def load_state(self) -> Any:
         """Restore or load every part, and return the state: the part's own if there is but one unnamed, else by name."""

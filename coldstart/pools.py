@@ -30,7 +30,7 @@ from coldstart.manifest import Pool, PoolArray, check_name
 from coldstart.terms import BUFFER_KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from coldstart.devices.base import Device
     from coldstart.frameworks import Survey
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 WORKSPACE = "torch/workspace"
 """The pool that stands for what torch's allocator held: no user's pool has a slash in its name."""
 MARGIN_BYTES = 64 << 20
-"""Memory that a pool leaves free on a CPU."""
+"""Memory that pools leave free."""
 
 
 class Planned(NamedTuple):
@@ -49,6 +49,13 @@ class Planned(NamedTuple):
 
     pool: Pool
     array: PoolArray | None
+
+
+class Plan(NamedTuple):
+    """What a start is to allocate ahead, and how large the state is beside it."""
+
+    pools: Sequence[Planned] = ()
+    state_bytes: int = 0
 
 
 def planned(manifest: Manifest, program: Program | None, device_type: str) -> Iterator[Planned]:
@@ -99,7 +106,8 @@ class Pools:
         self._workspace = workspace or Workspace()
         self._taking = threading.Lock()
         self._changed = threading.Condition()
-        self._plan: Sequence[Planned] = ()
+        self._work: threading.Thread | None = None
+        self._plan = Plan()
         self._is_known = self._is_over = True
         self._ready: dict[str, _Made] = {}
         """Allocated, and not asked for yet."""
@@ -107,17 +115,16 @@ class Pools:
 
     # --- ahead -------------------------------------------------------------------------------------------------------
 
-    def begin(self, plan: Callable[[], Iterable[Planned]]) -> None:
+    def begin(self, plan: Callable[[], Plan]) -> None:
         """Allocate what ``plan()`` gives, in a thread; it may wait for what it says. A second try has zeros again."""
         with self._taking:
             if self._held:
                 self._renew()
                 return
         self._is_known = self._is_over = False
-        work = threading.Thread(
-            target=self._allocate_ahead, args=(plan,), name=f"coldstart-pools-{self._name}", daemon=True
-        )
-        work.start()
+        name = f"coldstart-pools-{self._name}"
+        self._work = threading.Thread(target=self._allocate_ahead, args=(plan,), name=name, daemon=True)
+        self._work.start()
 
     def _renew(self) -> None:
         for name, made in self._held.items():
@@ -129,27 +136,41 @@ class Pools:
         """Whether anything is allocated ahead; waits until that is known."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_known)
-        return bool(self._plan)
+        return bool(self._plan.pools)
 
     def settle(self) -> None:
         """Phase pool_alloc: wait for the thread that ``begin`` began."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_over)
+        if self._work is not None:
+            self._work.join()
 
-    def _allocate_ahead(self, plan: Callable[[], Iterable[Planned]]) -> None:
+    def _allocate_ahead(self, plan: Callable[[], Plan]) -> None:
         try:
-            found = tuple(plan())
-            self._note(plan=found)
-            if found:
+            self._plan = plan()
+            self._note()
+            if self._plan.pools and self._fits(self._plan):
                 with self._timeline.span("allocate pools", "pools"):
-                    for each in found:
+                    for each in self._plan.pools:
                         self._make_ahead(each)
         finally:
             self._note(is_over=True)
 
-    def _note(self, *, plan: Sequence[Planned] = (), is_over: bool = False) -> None:
+    def _fits(self, plan: Plan) -> bool:
+        """Whether the state has room beside the pools: a smaller device than the one that listed them may not have it.
+
+        The state comes first: without it ``load`` would have to run, and a pool can still be asked for in another size.
+        """
+        asked_bytes = sum(each.pool.length_bytes for each in plan.pools)
+        memory_bytes = self._device.info().memory_bytes
+        if memory_bytes and asked_bytes + plan.state_bytes + MARGIN_BYTES > memory_bytes:
+            self._pass_over(
+                f"pools of {asked_bytes:,} bytes and a state of {plan.state_bytes:,} do not fit into {memory_bytes:,},"
+                " so none is allocated ahead"
+            )
+            return False
+        return True
+
+    def _note(self, *, is_over: bool = False) -> None:
         with self._changed:
-            self._plan = plan or self._plan
             self._is_known, self._is_over = True, is_over
             self._changed.notify_all()
 

@@ -216,7 +216,7 @@ class Worker(Answering):
         """The phases, in their order: afterwards ``model`` is what the handler gets. What the warm-up did."""
         definition, pools = self.definition, parts.pools
         if not phases.is_switched_off("pool_alloc"):
-            pools.begin(parts.planned_pools)
+            pools.begin(parts.pool_plan)
         state = phases.run("weight_load", parts.load_state)
         self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
         self.kind = self.last_thaw.kind if self.last_thaw else parts.kind

@@ -19,7 +19,7 @@ from coldstart.frameworks import survey
 from coldstart.frameworks.torch_memory import Workspace
 from coldstart.manifest import Pool, PoolArray, manifest_from_json, manifest_to_json
 from coldstart.metrics import Timeline
-from coldstart.pools import MARGIN_BYTES, WORKSPACE, Pools, planned
+from coldstart.pools import MARGIN_BYTES, WORKSPACE, Plan, Pools, planned
 from tests.generations import manifest_of
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Start:
             self.pools.begin(self.plan)
             self.pools.settle()
 
-    def plan(self) -> Any:
+    def plan(self) -> Plan:
         """What the generations list."""
-        return [each for manifest in self.manifests for each in planned(manifest, None, self.device.type)]
+        return Plan([each for manifest in self.manifests for each in planned(manifest, None, self.device.type)])
 
     def ask(self, name: str = "kv", shape: Any = (4, 8), dtype: Any = "float32", kind: str = "kv_cache") -> Any:
         """What ``ctx.pool`` returns."""
@@ -119,11 +119,12 @@ def test_refused_memory() -> None:
 class Small(CpuDevice):
     """A CPU with so much memory left."""
 
-    def __init__(self, free_bytes: int) -> None:
+    def __init__(self, free_bytes: int, memory_bytes: int = 0) -> None:
         self.free_bytes = free_bytes
+        self.memory_bytes = memory_bytes
 
     def info(self) -> DeviceInfo:
-        return DeviceInfo("cpu", "small", self.free_bytes, self.free_bytes)
+        return DeviceInfo("cpu", "small", self.memory_bytes, self.free_bytes)
 
 
 # --- ahead -----------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_asked_while_it_is_made() -> None:
     known, got = threading.Event(), []
     start = Start()
     start.manifests = (manifest_of()._replace(pools=first.pools.listed({})[0], pool_arrays=first.pools.listed({})[1]),)
-    start.pools.begin(lambda: [known.wait(60), *start.plan()][1:])
+    start.pools.begin(lambda: (known.wait(60), start.plan())[1])
     asking = threading.Thread(target=lambda: got.append(start.ask()))
     asking.start()
     assert start.timeline.spans() == ()
@@ -185,13 +186,27 @@ def test_not_asked_for() -> None:
 
 
 def test_ahead_and_too_large() -> None:
-    """What does not fit ahead fails nobody: it is told, and an error for who asks for just that."""
+    """What is more than is free fails nobody: it is told, and an error for who asks for just that."""
     first = Start()
     first.ask("kv", (1 << 30,), "uint8")
-    start = following(first, device=Small(free_bytes=1 << 29))
+    start = following(first, device=Small(free_bytes=1 << 29, memory_bytes=1 << 31))
     assert "pool 'kv' could not be allocated ahead: pool 'kv' needs 1073741824 bytes" in start.told[0]
     with pytest.raises(DeviceError, match="and 536870912 are free"):
         start.ask("kv", (1 << 30,), "uint8")
+    assert start.ask("kv", (1 << 20,), "uint8").shape == (1 << 20,)
+
+
+def test_state_that_needs_the_room() -> None:
+    """On a device that does not hold the state beside the listed pools, the state has its room before any pool does."""
+    first = Start()
+    first.ask("kv", (1 << 20,), "uint8")
+    start = Start(device=Small(free_bytes=1 << 30, memory_bytes=1 << 30))
+    manifest = manifest_of()._replace(pools=first.pools.listed({})[0], pool_arrays=first.pools.listed({})[1])
+    start.manifests = (manifest,)
+    start.pools.begin(lambda: start.plan()._replace(state_bytes=1 << 30))
+    start.pools.settle()
+    assert "pools of 1,048,576 bytes and a state of 1,073,741,824 do not fit into 1,073,741,824" in start.told[0]
+    assert start.pools._ready == {}
     assert start.ask("kv", (1 << 20,), "uint8").shape == (1 << 20,)
 
 
@@ -233,7 +248,7 @@ def test_pools_of_a_program() -> None:
     place = SimpleNamespace(buffer="own/64")
     program: Any = SimpleNamespace(entries=[SimpleNamespace(constants=[place])])
     start = Start()
-    start.pools.begin(lambda: planned(manifest, program, "cpu"))
+    start.pools.begin(lambda: Plan(list(planned(manifest, program, "cpu"))))
     start.pools.settle()
     assert list(start.pools._ready) == ["own/64"]
     memory = start.pools.raw("own/64", 8)
@@ -367,6 +382,6 @@ def test_event_is_published() -> None:
     manifest = manifest_of()._replace(
         pools=(Pool("kv", "other", 4),), pool_arrays=(PoolArray("kv", "numpy", "<f4", (1,), ()),)
     )
-    pools.begin(lambda: planned(manifest, None, "cpu"))
+    pools.begin(lambda: Plan(list(planned(manifest, None, "cpu"))))
     pools.let_go()
     assert seen == [events.PoolPassedOver("net", "pool 'kv' (4 bytes) is in the snapshot's list and was not asked for")]
