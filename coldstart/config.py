@@ -102,7 +102,12 @@ SETTINGS: tuple[Setting, ...] = (
         STANDARD,
         "how far a start may go when its snapshot cannot be used",
     ),
-    _setting("device", _DEVICE, "auto", "where the state lives; auto: cpu, the only one in this version"),
+    _setting(
+        "device",
+        _DEVICE,
+        "auto",
+        "where the state lives: cpu, cuda or cuda:<number>; auto: the first GPU that is there, else cpu",
+    ),
     _setting("fresh", kinds.flag(), False, "ignore snapshots at start and make a new one"),
     _setting(
         "progress", kinds.flag(), True, "show a bar while a snapshot is fetched, where standard error is a terminal"

@@ -35,7 +35,7 @@ class Files(dict[str, str]):
 class Context:
     """What a user's hooks see of the start they run in.
 
-    ``device``: ``cpu`` or ``cuda``. ``kind``: the start's kind so far (``restored``, ``cold``, ``fallback``).
+    ``device``: ``cpu``, ``cuda`` or ``cuda:<number>``. ``kind``: the start's kind so far (``restored``, ``cold``, ``fallback``).
     ``files``: name -> path of the files that were kept, in every start. ``log(message, **fields)`` publishes a line to
     the subscribers. ``phase(name)`` is a context manager that puts a named span of your own on the timeline.
     """

@@ -200,6 +200,8 @@ class Manifest(NamedTuple):
     """Fields of a newer minor version: kept, written back, otherwise not looked at."""
     pool_arrays: tuple[PoolArray, ...] = ()
     """Which pools are arrays. Not written where there are none, and so in no manifest of before there were any."""
+    host_segments: tuple[int, ...] = ()
+    """Of a device with memory of its own: the segments that belong into the host's (files, arrays that were there), rising."""
 
     @property
     def raw_bytes(self) -> int:
@@ -319,6 +321,8 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     """The canonical bytes of a manifest: sorted keys, no spaces, ASCII. The same manifest gives the same bytes."""
     document: dict[str, Any] = manifest._asdict()
     del document["extra"]
+    if not document["host_segments"]:
+        del document["host_segments"]
     document = {**manifest.extra, **document}
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
@@ -385,6 +389,7 @@ def manifest_from_json(data: bytes) -> Manifest:
         requires=tuple(requires),
         signature=fields.text("signature"),
         pool_arrays=_pool_arrays(fields),
+        host_segments=_host_segments(fields, len(tables["segments"])),
         extra=fields.rest(),
         **tables,
     )
@@ -455,6 +460,15 @@ def _history(fields: _Fields, name: str, *, below: int) -> tuple[Published, ...]
         key = entry.manifest_key("manifest", name=name, generation=generation)
         found.append(Published(generation, key, entry.seconds("published_seconds")))
         below = generation
+    return tuple(found)
+
+
+def _host_segments(fields: _Fields, count: int) -> tuple[int, ...]:
+    if "host_segments" not in fields.document:
+        return ()
+    found: list[Any] = fields.take("host_segments", list)
+    if not _counts(found) or found != sorted(set(found)) or (found and found[-1] >= count):
+        raise ManifestError(f"{fields.what}.host_segments must be rising indices of its segments")
     return tuple(found)
 
 

@@ -76,7 +76,7 @@ class Parts:
         self.device = pick(services.settings.device)
         self.open_repository = early.opener if early else opener_of_start(definition.name, services)
         self.pools = Pools(definition.name, self.device, timeline, services.bus)
-        self._loader = Loader(definition, timeline, loops, self._make_context, self.pools)
+        self._loader = Loader(definition, timeline, loops, self._make_context, self.pools, gpu=self.device.ordinal)
         self.parts = [self._part(name, early) for name in definition.load]
         self.context = self.parts[0].context
 
@@ -107,7 +107,7 @@ class Parts:
         """A context for one part, with the declared files kept: what a part keeps is its own."""
         definition = self._definition
         context = Context(
-            device=self.device.type,
+            device=self.device.label,
             declared=Declared(definition.env, definition.secrets),
             span=lambda name: self._timeline.span(name, "phase"),
             log=lambda message, fields: self._services.bus.publish(events.UserLine(definition.name, message, fields)),

@@ -113,7 +113,7 @@ class Planner:
             return None
         if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
-                found = survey(subject(self._definition, part.state))
+                found = survey(subject(self._definition, part.state), gpu=self._parts.device.ordinal)
                 part.survey, part.pool_paths = self._parts.pools.without(found)
             except ColdstartError as error:
                 self._no_capture(part, str(error))

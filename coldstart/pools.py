@@ -77,9 +77,9 @@ def planned(manifest: Manifest, program: Program | None, device_type: str) -> It
 
 
 def _raw(pool: Pool, device_type: str) -> Planned:
-    """Bytes: an array as an arena's are."""
-    framework = "numpy" if device_type == "cpu" else "cupy"
-    return Planned(pool, PoolArray(pool.name, framework, "|u1", (pool.length_bytes,), ()))
+    """Bytes. On a GPU torch's, whose runtime is the only one that has programs there."""
+    framework, dtype = ("numpy", "|u1") if device_type == "cpu" else ("torch", "uint8")
+    return Planned(pool, PoolArray(pool.name, framework, dtype, (pool.length_bytes,), ()))
 
 
 class _Made(NamedTuple):
@@ -103,7 +103,7 @@ class Pools:
         self._device = device
         self._timeline = timeline
         self._bus = bus
-        self._workspace = workspace or Workspace()
+        self._workspace = workspace or Workspace(device.label)
         self._taking = threading.Lock()
         self._changed = threading.Condition()
         self._work: threading.Thread | None = None
@@ -247,12 +247,12 @@ class Pools:
                 f" ({MARGIN_BYTES} stay reserved): make it smaller, or give the worker more memory"
             )
         try:
-            return fresh.zeros(array, device_type=self._device.type)
+            return fresh.zeros(array, label=self._device.label, ordinal=self._device.ordinal)
         except DeviceError as error:
             free_bytes = self._device.info().free_bytes
             raise DeviceError(
                 f"pool {pool.name!r} needs {pool.length_bytes} bytes of memory and {free_bytes} are free on"
-                f" {self._device.type}: {error}"
+                f" {self._device.label}: {error}"
             ) from error
 
     def let_go(self) -> None:

@@ -179,6 +179,10 @@ def _feed_array(hasher: Any, value: Any) -> None:
         hasher.update(f"torch:{value.dtype}:{tuple(value.shape)};".encode())
         plain = value.detach().cpu().resolve_conj().resolve_neg().flatten()
         value = plain.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(value, cupy.ndarray):
+        hasher.update(b"cupy:")
+        value = value.get()
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)) or value.dtype.hasobject:
         raise _Incomparable

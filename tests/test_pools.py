@@ -315,18 +315,19 @@ class Cuda:
         self.free_bytes = free_bytes
         self.asked: list[int] = []
 
-    def is_available(self) -> bool:
+    def is_initialized(self) -> bool:
         return True
 
-    is_initialized = is_available
-
-    def memory_allocated(self) -> int:
+    def memory_allocated(self, device: str) -> int:
+        assert device == "cuda:1"
         return self.now
 
-    def max_memory_allocated(self) -> int:
+    def max_memory_allocated(self, device: str) -> int:
+        assert device == "cuda:1"
         return self.peak
 
-    def reset_peak_memory_stats(self) -> None:
+    def reset_peak_memory_stats(self, device: str) -> None:
+        assert device == "cuda:1"
         self.peak = self.now
 
     def use(self, length_bytes: int) -> None:
@@ -334,7 +335,7 @@ class Cuda:
         self.peak = max(self.peak, self.now)
 
     def empty(self, length_bytes: int, *, dtype: str, device: str) -> None:
-        assert (dtype, device) == ("uint8", "cuda")
+        assert (dtype, device) == ("uint8", "cuda:1")
         if length_bytes > self.free_bytes:
             raise RuntimeError("CUDA out of memory")
         self.asked.append(length_bytes)
@@ -343,7 +344,7 @@ class Cuda:
 def test_workspace() -> None:
     """The peak of the warm-up, over weights and caches and whatever loading them took, is listed and warmed by the next start."""
     cuda = Cuda()
-    first = Start(workspace=Workspace(cuda))
+    first = Start(workspace=Workspace("cuda:1", cuda))
     cuda.use(7 << 30)  # loading
     cuda.use(-(3 << 30))
     assert first.pools.listed({}) == ((), ())
@@ -352,7 +353,7 @@ def test_workspace() -> None:
     cuda.use(-(5 << 20))
     assert first.pools.listed({}) == ((Pool(WORKSPACE, "activations", 6 << 20),), ())
     later = Cuda()
-    following(first, workspace=Workspace(later))
+    following(first, workspace=Workspace("cuda:1", later))
     assert later.asked == [6 << 20]
 
 
@@ -360,7 +361,7 @@ def test_workspace_that_cannot_be_had() -> None:
     """A GPU that has too little left is no obstacle: the warm-up will ask for what it really needs."""
     cuda = Cuda(free_bytes=1 << 20)
     manifest = manifest_of()._replace(pools=(Pool(WORKSPACE, "activations", 2 << 20),))
-    start = Start(manifest, workspace=Workspace(cuda))
+    start = Start(manifest, workspace=Workspace("cuda:1", cuda))
     assert "could not be warmed by 2097152 bytes: CUDA out of memory" in start.told[0]
 
 
@@ -370,7 +371,6 @@ def test_no_workspace_without_a_gpu() -> None:
     start = Start()
     start.pools.watch_workspace()
     assert start.pools.listed({}) == ((), ())
-    Workspace().warm(1 << 20)
 
 
 def test_event_is_published() -> None:

@@ -41,22 +41,30 @@ def form_of(shape: Sequence[int], dtype: Any, *, device_type: str) -> tuple[str,
     return framework, Form(found.str, found.itemsize, tuple(shape), c_order(shape))
 
 
-def zeros(array: PoolArray, *, device_type: str) -> Any:
+def zeros(array: PoolArray, *, label: str, ordinal: int) -> Any:
     """The array, of zeros that are really there: memory that the kernel only promised is had now, not by a request.
+
+    ``label`` is the device as torch calls it, ``ordinal`` its number.
 
     Raises DeviceError where the memory is refused, ManifestError for a dtype or a framework that is not known here,
     StateMismatchError where torch is missing.
     """
     try:
         if array.framework == "torch":
-            return for_torch.zeros(array.dtype, array.shape, device_type)
+            return for_torch.zeros(array.dtype, array.shape, label)
         if array.framework == "numpy":
             return for_numpy.zeros(array.dtype, array.shape)
         if array.framework == "cupy":
             import cupy
 
-            return cupy.zeros(array.shape, array.dtype)
-    except (MemoryError, RuntimeError, ImportError) as error:  # torch's and cupy's own are subclasses of the first two
+            with cupy.cuda.Device(ordinal):
+                return cupy.zeros(array.shape, array.dtype)
+    except (
+        MemoryError,
+        RuntimeError,
+        ImportError,
+        AssertionError,
+    ) as error:  # torch asserts that it was built for CUDA
         raise DeviceError(f"{type(error).__name__}: {error}") from error
     raise ManifestError(f"pool {array.name!r} is an array of {array.framework!r}, which this coldstart does not know")
 

@@ -18,9 +18,10 @@ ROUNDED_BYTES = 2 << 20
 
 
 class Workspace:
-    """What torch's allocator holds for activations. ``torch``: the module, or None for the one that is imported."""
+    """What torch's allocator holds for activations on ``device``. ``torch``: the module, None for the one that is imported."""
 
-    def __init__(self, torch: Any = None) -> None:
+    def __init__(self, device: str, torch: Any = None) -> None:
+        self._device = device
         self._torch = torch
         self._began_bytes: int | None = None
 
@@ -28,8 +29,8 @@ class Workspace:
         """Count from now on. Resets torch's own peak statistics; does nothing where torch uses no GPU."""
         cuda = self._cuda()
         if cuda is not None:
-            cuda.reset_peak_memory_stats()
-            self._began_bytes = int(cuda.memory_allocated())
+            cuda.reset_peak_memory_stats(self._device)
+            self._began_bytes = int(cuda.memory_allocated(self._device))
 
     @property
     def peak_bytes(self) -> int:
@@ -37,21 +38,22 @@ class Workspace:
         cuda = self._cuda()
         if cuda is None or self._began_bytes is None:
             return 0
-        used_bytes = max(0, int(cuda.max_memory_allocated()) - self._began_bytes)
+        used_bytes = max(0, int(cuda.max_memory_allocated(self._device)) - self._began_bytes)
         return -(-used_bytes // ROUNDED_BYTES) * ROUNDED_BYTES
 
     def warm(self, length_bytes: int) -> None:
         """Have the allocator hold a free block of this size. Raises DeviceError where that cannot be had."""
         try:
             torch = self._torch or _imported()
-            if torch.cuda.is_available():
-                torch.empty(length_bytes, dtype=torch.uint8, device="cuda")
-        except (ImportError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            torch.empty(length_bytes, dtype=torch.uint8, device=self._device)
+        except (ImportError, RuntimeError, AssertionError) as error:  # RuntimeError: no memory; AssertionError: no CUDA
             raise DeviceError(f"torch's allocator could not be warmed by {length_bytes} bytes: {error}") from error
 
     def _cuda(self) -> Any:
         torch = self._torch or sys.modules.get("torch")
-        return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+        if self._device == "cpu" or torch is None or not torch.cuda.is_initialized():
+            return None
+        return torch.cuda
 
 
 def _imported() -> Any:
