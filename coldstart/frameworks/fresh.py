@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import DeviceError, HandlerError, ManifestError
+from coldstart.frameworks import cupy as for_cupy
 from coldstart.frameworks import numpy as for_numpy
 from coldstart.frameworks import torch as for_torch
 from coldstart.frameworks.memory import Form
@@ -44,10 +45,8 @@ def form_of(shape: Sequence[int], dtype: Any, *, device_type: str) -> tuple[str,
 def zeros(array: PoolArray, *, label: str, ordinal: int) -> Any:
     """The array, of zeros that are really there: memory that the kernel only promised is had now, not by a request.
 
-    ``label`` is the device as torch calls it, ``ordinal`` its number.
-
-    Raises DeviceError where the memory is refused, ManifestError for a dtype or a framework that is not known here,
-    StateMismatchError where torch is missing.
+    ``label`` is the device as torch calls it, ``ordinal`` its number. Raises DeviceError where the memory is refused,
+    ManifestError for a dtype or a framework that is not known here, StateMismatchError where torch or cupy is missing.
     """
     try:
         if array.framework == "torch":
@@ -55,16 +54,8 @@ def zeros(array: PoolArray, *, label: str, ordinal: int) -> Any:
         if array.framework == "numpy":
             return for_numpy.zeros(array.dtype, array.shape)
         if array.framework == "cupy":
-            import cupy
-
-            with cupy.cuda.Device(ordinal):
-                return cupy.zeros(array.shape, array.dtype)
-    except (
-        MemoryError,
-        RuntimeError,
-        ImportError,
-        AssertionError,
-    ) as error:  # torch asserts that it was built for CUDA
+            return for_cupy.zeros(array.dtype, array.shape, ordinal)
+    except (MemoryError, RuntimeError, AssertionError) as error:  # the last: torch asserts that it is built for CUDA
         raise DeviceError(f"{type(error).__name__}: {error}") from error
     raise ManifestError(f"pool {array.name!r} is an array of {array.framework!r}, which this coldstart does not know")
 

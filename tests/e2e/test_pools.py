@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coldstart.manifest import Pool, manifest_from_json
-from tests.starts import Project
+from tests.starts import ROOT, Project
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,3 +66,40 @@ def test_handler_that_asks_for_more(tmp_path: Path) -> None:
     project.edit("1 << 22", "1 << 23")
     second = project.run("--input", "3", COLDSTART_CAPTURE="off")
     assert (second.kind, second.output) == ("restored", first.output)
+
+
+ON_A_GPU = """
+import cupy
+from coldstart import coldstart
+
+def load(ctx):
+    return {"w": cupy.asarray([[1.0, 2.0], [3.0, 4.0]], "float32"), "cache": ctx.pool("cache", (64, 2, 2), "float32")}
+
+def init(ctx, state):
+    return {"dirty": float(ctx.pool("cache", (64, 2, 2), "float32").sum().get()), **state}
+
+@coldstart("cached", load=load, init=init, warmup=[1])
+def handler(event, model):
+    model["cache"][event["input"]] = model["w"] @ model["w"]
+    return {"sum": float(model["cache"].sum().get()), "dirty": model["dirty"]}
+"""
+
+
+def test_pools_on_a_gpu(tmp_path: Path, fake_gpu_folder: Path) -> None:
+    """On a GPU (the fake driver's) a pool is device memory: not captured from there, and there again in the next start."""
+    project = Project(tmp_path)
+    project.environment = {
+        "COLDSTART_DEVICE": "cuda",
+        "LD_LIBRARY_PATH": str(fake_gpu_folder),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fake_gpu'}",
+    }
+    project.write(ON_A_GPU)
+    first = project.run("--input", "3")
+    second = project.run("--input", "3")
+    (stored,) = project.objects("manifests")
+    manifest = manifest_from_json(stored.read_bytes())
+    assert (manifest.device_type, manifest.raw_bytes) == ("cuda", 256)
+    assert [(row.framework, row.paths) for row in manifest.pool_arrays] == [("cupy", ('["cache"]',))]
+    assert (first.kind, second.kind) == ("cold", "restored")
+    assert first.output == second.output == {"sum": 2 * 54.0, "dirty": 0.0}
+    assert [span["name"] for span in second.record["spans"] if span["track"] == "pools"] == ["allocate pools"]
