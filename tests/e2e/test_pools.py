@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from coldstart.manifest import Pool, manifest_from_json
-from tests.starts import ROOT, Project
+from tests.starts import ROOT, Project, Start
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,11 +31,17 @@ def handler(event, model):
 """
 
 
-def test_pools_of_a_plain_tree(tmp_path: Path) -> None:
-    """A tree with a pool in it is restored without the pool's bytes; both pools are zeros, and made beside the fetch."""
-    project = Project(tmp_path)
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Start]:
+    """The handler with its snapshot, and the start that made it. Not to be changed."""
+    project = Project(tmp_path_factory.mktemp("pools") / "project")
     project.write(CACHED)
-    first = project.run("--input", "3")
+    return project, project.run("--input", "3")
+
+
+def test_pools_of_a_plain_tree(cached: tuple[Project, Start]) -> None:
+    """A tree with a pool in it is restored without the pool's bytes; both pools are zeros, and made beside the fetch."""
+    project, first = cached
     (stored,) = project.objects("manifests")
     manifest = manifest_from_json(stored.read_bytes())
     assert manifest.raw_bytes == 256
@@ -48,21 +56,17 @@ def test_pools_of_a_plain_tree(tmp_path: Path) -> None:
     assert span["ended_seconds"] <= phases[1]["pool_alloc"]["ended_seconds"]
 
 
-def test_phase_switched_off(tmp_path: Path) -> None:
+def test_phase_switched_off(cached: tuple[Project, Start]) -> None:
     """Without the phase nothing is allocated ahead, and the answers are the same."""
-    project = Project(tmp_path)
-    project.write(CACHED)
-    first = project.run("--input", "3")
+    project, first = cached
     second = project.run("--input", "3", COLDSTART_SKIP_PHASES="pool_alloc", COLDSTART_CAPTURE="off")
     assert (second.kind, second.output) == ("restored", first.output)
     assert [span for span in second.record["spans"] if span["track"] == "pools"] == []
 
 
-def test_handler_that_asks_for_more(tmp_path: Path) -> None:
+def test_handler_that_asks_for_more(cached: tuple[Project, Start], tmp_path: Path) -> None:
     """``init`` is no part of the key: one that asks for a larger pool than its snapshot lists gets that."""
-    project = Project(tmp_path)
-    project.write(CACHED)
-    first = project.run("--input", "3")
+    project, first = cached[0].copy(tmp_path / "more"), cached[1]
     project.edit("1 << 22", "1 << 23")
     second = project.run("--input", "3", COLDSTART_CAPTURE="off")
     assert (second.kind, second.output) == ("restored", first.output)
