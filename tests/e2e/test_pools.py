@@ -107,3 +107,47 @@ def test_pools_on_a_gpu(tmp_path: Path, fake_gpu_folder: Path) -> None:
     assert (first.kind, second.kind) == ("cold", "restored")
     assert first.output == second.output == {"sum": 2 * 54.0, "dirty": 0.0}
     assert [span["name"] for span in second.record["spans"] if span["track"] == "pools"] == ["allocate pools"]
+
+
+BUILT = """
+import numpy as np
+from coldstart import coldstart
+
+class Net:
+    pass
+
+def load(ctx):
+    net = build(ctx)
+    for layer in net.layers:
+        layer.w = np.ones(8)
+    return net
+
+def build(ctx):
+    keys = ctx.pool("keys", (2, 16, 8), "float64")
+    net = Net()
+    net.layers = [Net() for _ in keys]
+    for layer, own in zip(net.layers, keys):
+        layer.w, layer.keys = np.empty(8), own
+    return net
+
+@coldstart("built", load=load, build=build, warmup=[1, 2])
+def handler(event, net):
+    for place, layer in enumerate(net.layers):
+        layer.keys[event["input"]] = layer.w * (place + 1)
+    return [float(layer.keys[event["input"]].sum()) for layer in net.layers]
+"""
+
+
+def test_views_of_a_pool_in_what_build_makes(tmp_path: Path) -> None:
+    """Layers whose caches are parts of one pool are restored with ``build``, which asks for it: only weights are stored."""
+    project = Project(tmp_path)
+    project.write(BUILT)
+    first = project.run("--input", "3")
+    second = project.run("--input", "3")
+    (stored,) = project.objects("manifests")
+    manifest = manifest_from_json(stored.read_bytes())
+    assert [leaf.path for leaf in manifest.leaves] == ["layers[0].w", "layers[1].w"]
+    assert manifest.pool_arrays[0].paths == ("layers[0].keys", "layers[1].keys")
+    assert (second.kind, second.record["rung"]) == ("restored", "arrays")
+    assert first.output == second.output == [8.0, 16.0]
+    assert [span["name"] for span in second.record["spans"] if span["track"] == "pools"] == ["allocate pools"]
