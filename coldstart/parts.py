@@ -175,7 +175,7 @@ class Parts:
             each.pool.name: each
             for manifest, program in found
             if manifest is not None
-            for each in planned(manifest, program, self.device.type)
+            for each in planned(manifest, program)
         }
         return Plan(tuple(pools.values()), sum(manifest.raw_bytes for manifest, _ in found if manifest is not None))
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 WORKSPACE = "torch/workspace"
 """The pool that stands for what torch's allocator held: no user's pool has a slash in its name."""
+RAW = "bytes"
+"""What stands for a framework where a pool is a program's."""
 MARGIN_BYTES = 64 << 20
 """Memory that pools leave free."""
 
@@ -58,7 +60,7 @@ class Plan(NamedTuple):
     state_bytes: int = 0
 
 
-def planned(manifest: Manifest, program: Program | None, device_type: str) -> Iterator[Planned]:
+def planned(manifest: Manifest, program: Program | None) -> Iterator[Planned]:
     """What a start from this generation needs: pools that are arrays, those of its program, torch's workspace.
 
     A start with a program may go without torch: where nobody has imported it, what is torch's waits until it is asked for.
@@ -69,17 +71,16 @@ def planned(manifest: Manifest, program: Program | None, device_type: str) -> It
     for pool in manifest.pools:
         array = arrays.get(pool.name)
         if pool.name in used:
-            yield _raw(pool, device_type)
+            yield _raw(pool)
         elif without_torch and (array is None or array.framework == "torch"):
             continue
         elif array is not None or pool.name == WORKSPACE:
             yield Planned(pool, array)
 
 
-def _raw(pool: Pool, device_type: str) -> Planned:
-    """Bytes. On a GPU torch's, whose runtime is the only one that has programs there."""
-    framework, dtype = ("numpy", "|u1") if device_type == "cpu" else ("torch", "uint8")
-    return Planned(pool, PoolArray(pool.name, framework, dtype, (pool.length_bytes,), ()))
+def _raw(pool: Pool) -> Planned:
+    """Bytes as an arena has them, of no framework."""
+    return Planned(pool, PoolArray(pool.name, RAW, "|u1", (pool.length_bytes,), ()))
 
 
 class _Made(NamedTuple):
@@ -128,8 +129,9 @@ class Pools:
 
     def _renew(self) -> None:
         for name, made in self._held.items():
-            fresh.clear(made.memory)
-            self._ready[name] = made
+            if made.planned.array is not None and made.planned.array.framework != RAW:
+                fresh.clear(made.memory)
+                self._ready[name] = made
         self._held = {}
 
     def has_plan(self) -> bool:
@@ -205,8 +207,8 @@ class Pools:
         return self._take(Planned(pool, PoolArray(name, framework, form.dtype, form.shape, ())))
 
     def raw(self, name: str, length_bytes: int) -> Any:
-        """A program's pool, as bytes: uint8, zeros. Raises DeviceError."""
-        return self._take(_raw(Pool(name, "kv_cache", length_bytes), self._device.type))
+        """A program's pool: zeros, as bytes like those of an arena. Raises DeviceError."""
+        return self._take(_raw(Pool(name, "kv_cache", length_bytes)))
 
     def recorded(self, array: PoolArray, manifest: Manifest) -> Any:
         """A pool that the state holds, as the manifest describes it. Raises DeviceError, ManifestError."""
@@ -247,8 +249,10 @@ class Pools:
                 f" ({MARGIN_BYTES} stay reserved): make it smaller, or give the worker more memory"
             )
         try:
+            if array.framework == RAW:
+                return self._device.zeros(pool.length_bytes)
             return fresh.zeros(array, label=self._device.label, ordinal=self._device.ordinal)
-        except DeviceError as error:
+        except (DeviceError, MemoryError) as error:
             free_bytes = self._device.info().free_bytes
             raise DeviceError(
                 f"pool {pool.name!r} needs {pool.length_bytes} bytes of memory and {free_bytes} are free on"

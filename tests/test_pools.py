@@ -42,7 +42,7 @@ class Start:
 
     def plan(self) -> Plan:
         """What the generations list."""
-        return Plan([each for manifest in self.manifests for each in planned(manifest, None, self.device.type)])
+        return Plan([each for manifest in self.manifests for each in planned(manifest, None)])
 
     def ask(self, name: str = "kv", shape: Any = (4, 8), dtype: Any = "float32", kind: str = "kv_cache") -> Any:
         """What ``ctx.pool`` returns."""
@@ -251,7 +251,7 @@ def test_pools_of_a_program() -> None:
     place = SimpleNamespace(buffer="own/64")
     program: Any = SimpleNamespace(entries=[SimpleNamespace(constants=[place])])
     start = Start()
-    start.pools.begin(lambda: Plan(list(planned(manifest, program, "cpu"))))
+    start.pools.begin(lambda: Plan(list(planned(manifest, program))))
     start.pools.settle()
     assert list(start.pools._ready) == ["own/64"]
     memory = start.pools.raw("own/64", 8)
@@ -267,8 +267,8 @@ def test_no_torch_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = (PoolArray("a", "torch", "float32", (1,), ()), PoolArray("b", "numpy", "<f4", (1,), ()))
     manifest = manifest_of()._replace(pools=pools, pool_arrays=arrays)
     program: Any = SimpleNamespace(entries=[])
-    assert [each.pool.name for each in planned(manifest, program, "cpu")] == ["b"]
-    assert [each.pool.name for each in planned(manifest, None, "cpu")] == ["a", "b", WORKSPACE]
+    assert [each.pool.name for each in planned(manifest, program)] == ["b"]
+    assert [each.pool.name for each in planned(manifest, None)] == ["a", "b", WORKSPACE]
 
 
 # --- in the state ----------------------------------------------------------------------------------------------------
@@ -385,6 +385,6 @@ def test_event_is_published() -> None:
     manifest = manifest_of()._replace(
         pools=(Pool("kv", "other", 4),), pool_arrays=(PoolArray("kv", "numpy", "<f4", (1,), ()),)
     )
-    pools.begin(lambda: Plan(list(planned(manifest, None, "cpu"))))
+    pools.begin(lambda: Plan(list(planned(manifest, None))))
     pools.let_go()
     assert seen == [events.PoolPassedOver("net", "pool 'kv' (4 bytes) is in the snapshot's list and was not asked for")]

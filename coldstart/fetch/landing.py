@@ -44,8 +44,8 @@ MOST_BATCH_BYTES = 64 << 20
 class Landing:
     """All chunks of a manifest on their way from a ring into an arena. Begins at once, in threads of its own.
 
-    ``open_frames``: opens what decodes zstd frames on the GPU, called when the first one has come; None, or a CodecError of
-    it, leaves decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place.
+    ``open_frames``: opens what decodes zstd frames on the GPU, called if there are any; None, or a CodecError of it, leaves
+    decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place.
     """
 
     def __init__(
@@ -111,12 +111,14 @@ class Landing:
         copying, decoding = Stream(gpu), Stream(gpu)
         copied, decoded = _Waiter("copied", self._fail), _Waiter("decoded", self._fail)
         try:
+            self._prepare_decoding()  # in the shadow of the first reads
             while group := self._ring.filled(self._batch):
                 self._land(group, host, copying, decoding, copied, decoded)
         finally:
             copied.end()
             decoded.end()
             for stream in (copying, decoding):
+                stream.drain()  # after an error something may be queued that nobody waits for, and its memory goes now
                 stream.end()
             if pinned:
                 gpu.unpin(host)
@@ -182,7 +184,7 @@ class Landing:
         if filled.is_raw or chunk.codec != PLANES or not self._arena.is_on_device(chunk.segment):
             return None
         block_bytes = chunk.parameters.get("block_bytes")
-        if type(block_bytes) is not int or block_bytes < SMALLEST_BLOCK_BYTES or not self._can_decode():
+        if type(block_bytes) is not int or block_bytes < SMALLEST_BLOCK_BYTES or self._frames is None:
             return None
         return planes_of(
             self._ring.slot(filled.slot, chunk.stored_bytes),
@@ -211,16 +213,16 @@ class Landing:
 
     # --- on the device -----------------------------------------------------------------------------------------------
 
-    def _can_decode(self) -> bool:
-        """Whether the GPU decodes: found out with the first chunk that it could, with scratch for one batch."""
-        if self._frames is None and self._open_frames is not None:
-            try:
-                self._frames = self._open_frames()
-                self._scratches.put(self._new_scratch())
-            except (CodecError, DeviceError) as error:
-                self._open_frames = self._frames = None
-                self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
-        return self._frames is not None
+    def _prepare_decoding(self) -> None:
+        """Open what decodes on the GPU, with scratch for one batch, if there is anything for it to decode."""
+        if self._open_frames is None or not limits_of(self._manifest, 1).blocks:
+            return
+        try:
+            self._frames = self._open_frames()
+            self._scratches.put(self._new_scratch())
+        except (CodecError, DeviceError) as error:
+            self._frames = None
+            self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
 
     def _scratch(self) -> _Scratch:
         """Scratch that nothing is using: more is made while there are few and the GPU has room, then it is waited for."""
@@ -331,7 +333,8 @@ class _Waiter:
 def land(request: FetchRequest, ring: Ring) -> Landing:
     """Begin to put what comes through ``ring`` into the arena of a request, which is on a GPU."""
     assert isinstance(request.arena, CudaArena)
-    return Landing(request.manifest, request.arena, ring, open_frames=_open_frames, verify_raw=request.verify_raw)
+    open_frames = _open_frames if PLANES in request.device_codecs else None
+    return Landing(request.manifest, request.arena, ring, open_frames=open_frames, verify_raw=request.verify_raw)
 
 
 def device_codecs() -> tuple[str, ...]:
@@ -352,7 +355,7 @@ def limits_of(manifest: Manifest, chunks: int) -> Limits:
     found = [
         (chunk, manifest.segments[chunk.segment].item_bytes, int(chunk.parameters.get("block_bytes", 0)))
         for chunk in manifest.chunks
-        if chunk.codec == PLANES
+        if chunk.codec == PLANES and chunk.segment not in manifest.host_segments
     ]
     blocks = [
         item_bytes * -(-(chunk.length_bytes // item_bytes) // block_bytes)

@@ -109,6 +109,25 @@ def test_pools_on_a_gpu(tmp_path: Path, fake_gpu_folder: Path) -> None:
     assert [span["name"] for span in second.record["spans"] if span["track"] == "pools"] == ["allocate pools"]
 
 
+RAW = """
+import json, time
+from coldstart import events
+from coldstart.devices import pick
+from coldstart.metrics import Timeline
+from coldstart.pools import Pools
+
+memory = Pools("net", pick("cuda"), Timeline(time.monotonic), events.bus).raw("program/64", 5000)
+print(json.dumps([type(memory).__name__, len(memory), sum(memory.read(0, 5000))]))
+"""
+
+
+def test_bytes_of_a_program_on_a_gpu(tmp_path: Path, fake_gpu_folder: Path) -> None:
+    """What a program writes to is device memory as the arena's is, zeroed."""
+    project = Project(tmp_path)
+    found = project.python("-c", RAW, environment={"LD_LIBRARY_PATH": str(fake_gpu_folder)})
+    assert found.document == ["DeviceBytes", 5000, 0], found.errors
+
+
 BUILT = """
 import numpy as np
 from coldstart import coldstart
