@@ -146,6 +146,12 @@ SETTINGS: tuple[Setting, ...] = (
         192 << 20,
         "memory of a restore or capture beyond the state itself",
     ),
+    _setting(
+        "pinned_bytes",
+        kinds.size(1 << 20, 1 << 36),
+        256 << 20,
+        "pinned host memory through which a snapshot reaches a GPU",
+    ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
     _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
     _setting(
@@ -236,6 +242,7 @@ class Settings(NamedTuple):
     fetch_processes: int
     fetch_threads: int
     memory_budget_bytes: int
+    pinned_bytes: int
     capture: bool
     programs: bool
     capture_wait_seconds: float

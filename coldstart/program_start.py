@@ -158,9 +158,7 @@ class _Memory:
             return self._restored.arena.array(buffer.segment, buffer.offset_bytes, buffer.length_bytes)
         if name in self._pools:
             if name not in self._allocated:
-                import numpy as np
-
-                self._allocated[name] = np.zeros(self._pools[name], np.uint8)
+                self._allocated[name] = self._restored.arena.zeros(self._pools[name])
             return self._allocated[name]
         return None
 

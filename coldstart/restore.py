@@ -307,7 +307,7 @@ class Restoration:
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
         request = self.request
-        if request.pinned:
+        if request.pinned or request.device.has_own_memory:
             return None
         return map_segments(
             manifest,
@@ -342,9 +342,10 @@ class Restoration:
 
         ring = None if self._ahead is None else self._ahead.ring(key)
         ring = ring or Ring.make(*shape_of(wanted.manifest, way.ring_bytes))
+        wanted = wanted._replace(ring=ring, device_codecs=way.device_codecs)
         landing = land(wanted, ring)
         try:
-            fetch = self._begin(wanted._replace(arena=None, ring=ring, device_codecs=way.device_codecs), key)
+            fetch = self._begin(wanted._replace(arena=None), key)
             report = self._waited_for(fetch)
             landing.wait()
         except ColdstartError as error:

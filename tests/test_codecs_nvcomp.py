@@ -38,7 +38,6 @@ def packaged() -> str | None:
 
 LIBRARY = packaged()
 real = pytest.mark.skipif(LIBRARY is None, reason="nvCOMP 6 is not installed: pip install nvidia-libnvcomp-cu12")
-without_driver = pytest.mark.skipif(real_driver() is None, reason="there is a GPU: calls without one cannot be tried")
 
 
 @pytest.fixture
@@ -64,18 +63,24 @@ class TestFakeNvcomp(NvcompContract):
         return fake
 
 
+@pytest.fixture(scope="module")
+def real_bench() -> Iterator[Bench]:
+    """The real nvCOMP on the real driver."""
+    if reason := real_driver():
+        pytest.skip(reason)
+    driver = Driver("libcuda.so.1")
+    driver.open()
+    yield Bench(driver, Nvcomp.load(LIBRARY), driver.stream())
+    driver.do("cuCtxSynchronize")
+    driver.do("cuDevicePrimaryCtxRelease_v2", 0)
+
+
 @pytest.mark.gpu
 @real
 class TestRealNvcomp(NvcompContract):
     @pytest.fixture
-    def bench(self) -> Iterator[Bench]:
-        if reason := real_driver():
-            pytest.skip(reason)
-        driver = Driver("libcuda.so.1")
-        driver.open()
-        yield Bench(driver, Nvcomp.load(LIBRARY), driver.stream())
-        driver.do("cuCtxSynchronize")
-        driver.do("cuDevicePrimaryCtxRelease_v2", 0)
+    def bench(self, real_bench: Bench) -> Bench:
+        return real_bench
 
 
 # --- the real library, which needs no GPU to be looked at ---
@@ -155,9 +160,10 @@ def test_the_real_library_answers_without_a_gpu(own_gpu_folder):
 
 
 @real
-@without_driver
 def test_the_real_library_refuses_work_without_a_gpu():
     """A batch that cannot be queued is an error that says what is missing, in every function; nothing crashes."""
+    if real_driver() is None:
+        pytest.skip("there is a GPU: calls without one cannot be tried")
     nvcomp, room = Nvcomp.load(LIBRARY), (ctypes.c_uint64 * 64)()
     place = ctypes.addressof(room) + 15 & ~15
     decode = DecodeBatch(1, place, place, place, place, place, place, place, 128)
@@ -237,6 +243,24 @@ def test_the_loaders_path_comes_first(own_gpu_folder):
     assert subprocess.check_output(command, env=environment, timeout=60, text=True).strip() == "libnvcomp.so.6"
 
 
+def test_what_is_installed_is_seen_without_loading_it(monkeypatch, tmp_path):
+    """A library in the package or on the loader's path counts; a package of another major does not."""
+    monkeypatch.setattr(binding, "_package_folders", lambda: [str(tmp_path)])
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    folder = tmp_path / "lib64"
+    folder.mkdir()
+    (folder / "libnvcomp.so.5").touch()
+    assert not binding.is_installed()
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/nowhere:{tmp_path}/elsewhere")
+    assert not binding.is_installed()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "libnvcomp.so.6").touch()
+    assert binding.is_installed()
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    (folder / "libnvcomp.so.6").touch()
+    assert binding.is_installed()
+
+
 # --- what only the fake promises ---
 
 
@@ -280,6 +304,15 @@ def test_memory_that_is_not_the_devices_is_an_illegal_access(fake):
     batch = fake.batch([zstandard.compress(TEXT)], [len(TEXT)])
     batch = batch._replace(targets=fake.addresses([ctypes.addressof(host)]))
     fake.nvcomp.zstd_decode(batch, stream=fake.stream)
+    assert fake.driver.call("cuStreamSynchronize", fake.stream) == ILLEGAL_ADDRESS
+
+
+def test_memory_freed_under_a_queued_batch_is_an_illegal_access(fake):
+    """Scratch, targets and arrays have to stay until the batch is done; the process goes on, the context does not."""
+    batch = fake.batch([zstandard.compress(TEXT)] * 50, [len(TEXT)] * 50)
+    with fake.driver.held(fake.stream):
+        fake.nvcomp.zstd_decode(batch, stream=fake.stream)
+        fake.driver.do("cuMemFree_v2", batch.scratch)
     assert fake.driver.call("cuStreamSynchronize", fake.stream) == ILLEGAL_ADDRESS
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contracts.driver import BYTES, SIZE, DriverContract
+from tests.contracts.kernels import KernelsContract
 from tests.fake_gpu.calls import (
     ADD_TO_BYTES,
     CONTEXT_IS_DESTROYED,
@@ -94,17 +95,38 @@ class TestFakeDriver(DriverContract):
         return made
 
 
+class TestEmulatedKernels(KernelsContract):
+    @pytest.fixture
+    def driver(self, start: Callable[..., Driver]) -> Driver:
+        made = start(EMULATION="", DRIVER_VERSION="11080")
+        made.open()
+        return made
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Driver]:
+    """NVIDIA's own driver, open."""
+    if reason := real_driver():
+        pytest.skip(reason)
+    made = Driver("libcuda.so.1")
+    made.open()
+    yield made
+    made.do("cuCtxSynchronize")
+    made.do("cuDevicePrimaryCtxRelease_v2", 0)
+
+
 @pytest.mark.gpu
 class TestRealDriver(DriverContract):
     @pytest.fixture
-    def driver(self) -> Iterator[Driver]:
-        if reason := real_driver():
-            pytest.skip(reason)
-        made = Driver("libcuda.so.1")
-        made.open()
-        yield made
-        made.do("cuCtxSynchronize")
-        made.do("cuDevicePrimaryCtxRelease_v2", 0)
+    def driver(self, real: Driver) -> Driver:
+        return real
+
+
+@pytest.mark.gpu
+class TestRealKernels(KernelsContract):
+    @pytest.fixture
+    def driver(self, real: Driver) -> Driver:
+        return real
 
 
 @pytest.fixture
@@ -152,6 +174,15 @@ def test_a_call_fails_when_it_is_told_to(start):
     codes = [driver.call("cuMemAlloc_v2", ctypes.byref(ctypes.c_uint64()), 10) for _ in range(3)]
     assert codes == [SUCCESS, OUT_OF_MEMORY, SUCCESS]
     assert [driver.call("cuMemHostRegister_v2", 4096, 10, 0) for _ in range(2)] == [304, 304]
+
+
+def test_an_error_of_the_device_stays(start):
+    """A call that is told to fail as a broken device does, breaks the context for all that follow."""
+    driver = start(FAIL="cuEventQuery:1=700,cuMemFree_v2:1=2")
+    driver.open()
+    event, address = driver.make("cuEventCreate", 0), driver.make("cuMemAlloc_v2", 10)
+    assert [driver.call("cuMemFree_v2", address) for _ in range(2)] == [OUT_OF_MEMORY, SUCCESS]
+    assert driver.call("cuEventQuery", event) == driver.call("cuCtxSynchronize") == ILLEGAL_ADDRESS
 
 
 def test_init_takes_the_time_it_is_told_to(start):
@@ -227,6 +258,14 @@ def test_copies_that_leave_their_memory_are_refused(driver):
     begin = ctypes.addressof(source)
     assert driver.call("cuMemcpyHtoDAsync_v2", target, begin + SIZE // 2, SIZE, 0) == INVALID_VALUE
     assert driver.call("cuMemcpyHtoDAsync_v2", target, target, SIZE, 0) == INVALID_VALUE
+
+
+def test_a_copy_to_freed_memory_is_refused(driver):
+    """At the call, whatever a real driver makes of an address that it may have given to somebody else."""
+    address, source = driver.memory(BYTES), driver.pinned(BYTES)
+    driver.do("cuMemFree_v2", address)
+    assert driver.call("cuMemcpyHtoDAsync_v2", address, source, SIZE, 0) == INVALID_VALUE
+    assert driver.call("cuMemcpyDtoHAsync_v2", source, address, SIZE, 0) == INVALID_VALUE
 
 
 def test_host_memory_that_is_not_mapped_cannot_be_pinned(driver):

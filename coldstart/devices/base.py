@@ -84,6 +84,12 @@ class Arena(ABC):
         Writes by the user's code stay in this process. The view keeps the arena alive.
         """
 
+    def zeros(self, length_bytes: int) -> Any:
+        """A fresh array of zeros like those of ``array``, beside the segments. Raises DeviceError."""
+        import numpy as np
+
+        return np.zeros(length_bytes, np.uint8)
+
 
 class Device(ABC):
     """A place where state lives."""

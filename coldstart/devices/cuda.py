@@ -148,6 +148,16 @@ class CudaArena(Arena):
         address = self.address(segment, offset_bytes, length_bytes)
         return DeviceBytes(address, length_bytes, self.gpu.ordinal, self._memory)
 
+    def zeros(self, length_bytes: int) -> DeviceBytes:
+        """Fresh device memory, zeroed."""
+        memory, stream = DeviceMemory(self.gpu, length_bytes), Stream(self.gpu)
+        try:
+            stream.fill(memory.address, 0, max(1, length_bytes))
+            stream.synchronize()
+        finally:
+            stream.end()
+        return DeviceBytes(memory.address, length_bytes, self.gpu.ordinal, memory)
+
 
 def _aligned(length_bytes: int) -> int:
     return -(-length_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

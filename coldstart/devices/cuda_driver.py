@@ -206,6 +206,11 @@ class Stream:
         """Wait until all is done. Raises DeviceError for what went wrong on the way."""
         self._gpu.call("cuStreamSynchronize", self.handle)
 
+    def drain(self) -> None:
+        """Wait until nothing runs any more, however it went. Never raises."""
+        if self.handle:
+            self._gpu.quietly("cuStreamSynchronize", self.handle)
+
     def end(self) -> None:
         """Let go of the stream; what is queued still runs. May be called twice, and never raises."""
         handle, self.handle = self.handle, 0
@@ -310,7 +315,7 @@ class Gpu:
         self.quietly("cuMemFree_v2", address)
 
     def quietly(self, name: str, argument: int) -> None:
-        """Call what gives something back. Never raises: where the device failed, somebody has heard of it already."""
+        """Call what ends something, or gives it back. Never raises: where the device failed, somebody has heard of it already."""
         with self.current():
             self.driver.status(name, argument)
 

@@ -47,9 +47,9 @@ MOST_BATCH_BYTES = 64 << 20
 class Landing:
     """All chunks of a manifest on their way from a ring into an arena. Begins at once, in threads of its own.
 
-    ``open_frames``: opens what decodes on the GPU, called when the first chunk for it has come; None, or a CodecError of it,
-    leaves decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place. ``store``:
-    where other forms of chunks are.
+    ``open_frames``: opens what decodes on the GPU, called if there are chunks for it; None, or a CodecError of it, leaves
+    decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place. ``store``: where
+    other forms of chunks are.
     """
 
     def __init__(
@@ -117,12 +117,14 @@ class Landing:
         copying, decoding = Stream(gpu), Stream(gpu)
         copied, decoded = _Waiter("copied", self._fail), _Waiter("decoded", self._fail)
         try:
+            self._prepare_decoding()  # in the shadow of the first reads
             while group := self._ring.filled(self._batch):
                 self._land(group, host, copying, decoding, copied, decoded)
         finally:
             copied.end()
             decoded.end()
             for stream in (copying, decoding):
+                stream.drain()  # after an error something may be queued that nobody waits for, and its memory goes now
                 stream.end()
             if pinned:
                 gpu.unpin(host)
@@ -187,7 +189,7 @@ class Landing:
         """The table of a chunk that the GPU is to decode; None for any other."""
         if filled.is_raw or not self._arena.is_on_device(chunk.segment) or not is_for_gpu(chunk):
             return None
-        if not self._can_decode():
+        if self._frames is None:
             return None
         stored = self._ring.slot(filled.slot, chunk.stored_bytes)
         return table_of(chunk, stored, self._manifest.segments[chunk.segment].item_bytes)
@@ -230,16 +232,16 @@ class Landing:
 
     # --- on the device -----------------------------------------------------------------------------------------------
 
-    def _can_decode(self) -> bool:
-        """Whether the GPU decodes: found out with the first chunk that it could, with scratch for one batch."""
-        if self._frames is None and self._open_frames is not None:
-            try:
-                self._frames = self._open_frames()
-                self._scratches.put(self._new_scratch())
-            except (CodecError, DeviceError) as error:
-                self._open_frames = self._frames = None
-                self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
-        return self._frames is not None
+    def _prepare_decoding(self) -> None:
+        """Open what decodes on the GPU, with scratch for one batch, if there is anything for it to decode."""
+        if self._open_frames is None or not any(map(is_for_gpu, self._manifest.chunks)):
+            return
+        try:
+            self._frames = self._open_frames()
+            self._scratches.put(self._new_scratch())
+        except (CodecError, DeviceError) as error:
+            self._frames = None
+            self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
 
     def _scratch(self) -> _Scratch:
         """Scratch that nothing is using: more is made while there are few and the GPU has room, then it is waited for."""
@@ -350,11 +352,12 @@ class _Waiter:
 def land(request: FetchRequest, ring: Ring) -> Landing:
     """Begin to put what comes through ``ring`` into the arena of a request, which is on a GPU."""
     assert isinstance(request.arena, CudaArena)
+    can_decode = not {PLANES, ANS}.isdisjoint(request.device_codecs)
     return Landing(
         request.manifest,
         request.arena,
         ring,
-        open_frames=_open_frames,
+        open_frames=_open_frames if can_decode else None,
         verify_raw=request.verify_raw,
         store=request.store,
     )

@@ -81,7 +81,8 @@ class Task(NamedTuple):
 class Saved(NamedTuple):
     """How a chunk is stored. ``is_written``: it was not there before, or could not be relied on.
 
-    ``raw_hash`` is "" where it came encoded. ``is_settled``: no collector had decided to delete it before it was written, or found; see ``Repository.is_settled``.
+    ``raw_hash`` is "" where it came encoded. ``is_settled``: no collector had decided to delete it before it was written, or
+    found; see ``Repository.is_settled``.
     """
 
     raw_hash: str

@@ -135,12 +135,12 @@ class Driver:
         self.do("cuLaunchHostFunc", stream, callback, 0)
 
     @contextmanager
-    def held(self, stream: int) -> Iterator[None]:
-        """While inside, nothing that is queued to the stream from now on happens."""
+    def held(self, stream: int) -> Iterator[threading.Event]:
+        """While inside, nothing that is queued to the stream from now on happens, unless the event given is set before."""
         gate = threading.Event()
         self.host_function(stream, lambda: gate.wait(WAIT_SECONDS) and None)
         try:
-            yield
+            yield gate
         finally:
             gate.set()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).parent
-DRIVER = ("configuration.c", "memory.c", "streams.c", "modules.c", "libcuda.c")
+DRIVER = ("configuration.c", "memory.c", "streams.c", "modules.c", "queues.c", "libcuda.c")
 
 
 def build(target: Path, sources: tuple[str, ...]) -> None:
