@@ -237,9 +237,7 @@ class _Chunks:
             from coldstart.save.device_forms import DeviceForms
 
             self._encoder = DeviceForms(self._device_chunks(extent), self._largest_bytes)
-        return self._encoder.task(
-            self._parts(extent), self.task(extent), raw_hash=saved.raw_hash, own_bytes=saved.stored_bytes
-        )
+        return self._encoder.task(self._parts(extent), self.task(extent), raw_hash=saved.raw_hash)
 
     def _parts(self, extent: Extent) -> list[Part]:
         """Where the bytes of a chunk are in device memory; nothing where they are not, or not all."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 _LARGEST_WORTHWHILE_PART = 0.95
 """Stored over raw bytes above which a form is not worth its bytes in the store."""
-_LARGEST_OVER_OWN = 1.05
-"""Its stored bytes over those of the chunk's own form: what decodes faster must not take much longer to fetch."""
 
 
 class DeviceForms:
@@ -34,14 +32,14 @@ class DeviceForms:
         self._chunks = chunks
         self._encoder = AnsEncoder(chunks.gpu, library or _nvcomp(), largest_bytes)
 
-    def task(self, parts: Sequence[Part], of: Task, *, raw_hash: str, own_bytes: int) -> Task | None:
+    def task(self, parts: Sequence[Part], of: Task, *, raw_hash: str) -> Task | None:
         """What there is to save of a chunk in this form; None where that is not worth it.
 
-        ``of`` is the chunk's own task, ``raw_hash`` what it was saved with, in ``own_bytes``. What the task gives is good
+        ``of`` is the chunk's own task, ``raw_hash`` what it was saved with. What the task gives is good
         until the next chunk is encoded; after that it is encoded again. Raises StateChangedError for a lasting chunk that
         has changed since, CodecError, DeviceError.
         """
-        most_bytes = int(min(_LARGEST_WORTHWHILE_PART * of.length_bytes, _LARGEST_OVER_OWN * own_bytes))
+        most_bytes = int(_LARGEST_WORTHWHILE_PART * of.length_bytes)
         encode = partial(self._encode, parts, of, raw_hash, most_bytes)
         stored = encode()
         if stored is None:
