@@ -37,7 +37,7 @@ from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
-from coldstart.plan import needed
+from coldstart.plan import in_forms, needed
 from coldstart.programs.record import chosen, consumer_of
 from coldstart.quarantine import Quarantine
 from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
@@ -270,6 +270,8 @@ class Restoration:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
+        if self._way is not None:
+            manifest = in_forms(manifest, self._way.device_codecs)
         self._manifest, self._program = manifest, program
         ahead_seconds = 0.0 if self._ahead is None else self._ahead.found_monotonic_seconds(key)
         self.found_monotonic_seconds = ahead_seconds or time.monotonic()
