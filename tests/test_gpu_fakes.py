@@ -12,6 +12,7 @@ from coldstart.devices import cuda_driver
 from tests.contracts.cupy import CupyContract
 from tests.contracts.gpu_devices import CudaArenaContract, GpuContract
 from tests.contracts.gpu_parity import CaptureContract, ChunksContract
+from tests.contracts.gpu_torch import TorchContract
 from tests.fake_gpu.machine import FakeMachine
 
 if TYPE_CHECKING:
@@ -63,3 +64,7 @@ class TestChunks(ChunksContract):
 
 class TestCapture(CaptureContract):
     pass
+
+
+class TestTorchOnACpu(TorchContract):
+    """The tests that a GPU runs of torch, on the device that is here: so they are known to be right themselves."""
