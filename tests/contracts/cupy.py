@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from coldstart.devices.cuda_driver import Gpu
 from coldstart.devices.cuda_memory import DeviceMemory, copy_out
 from coldstart.devices.device_bytes import DeviceBytes
 from coldstart.frameworks import cupy as for_cupy
 from coldstart.manifest import Leaf
+
+if TYPE_CHECKING:
+    from coldstart.devices.cuda_driver import Gpu
 
 NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
 DTYPES = ("|b1", "|i1", "|u1", "<u2", "<f2", "<f4", "<i8", "<f8", "<c8")
@@ -60,7 +62,7 @@ class CupyContract:
         assert (array.dtype, array.dtype.str, array.dtype.kind) == (np.dtype("<f4"), "<f4", "f")
         assert array.data.ptr >= array.data.mem.ptr
         assert array.device.id == gpu.ordinal == 0
-        assert copy_out(gpu, int(array.data.ptr), 96) == NUMBERS.tobytes()
+        assert array.get().tobytes() == copy_out(gpu, int(array.data.ptr), 96) == NUMBERS.tobytes()
         form, extent = for_cupy.form(array), for_cupy.extent(array, 96)
         assert (form.dtype, form.item_bytes, form.shape, form.strides) == ("<f4", 4, (4, 6), (6, 1))
         assert (extent.address, extent.end - extent.address, extent.gpu) == (array.data.ptr, 96, 0)

@@ -121,12 +121,15 @@ class GpuContract:
 
     def test_a_gpu_that_is_not_there(self, gpu: Gpu):
         """The error says how many there are, and what decides that."""
-        with pytest.raises(DeviceError, match=r"no GPU 99 .* may use \d+: see COLDSTART_DEVICE and CUDA_VISIBLE_DEVICES"):
+        with pytest.raises(
+            DeviceError, match=r"no GPU 99 .* may use \d+: see COLDSTART_DEVICE and CUDA_VISIBLE_DEVICES"
+        ):
             Gpu(gpu.driver, 99)
 
     def test_memory_is_given_back(self, gpu: Gpu):
         """An arena takes its bytes once, and gives them back with its last array; what is left works on."""
         size_bytes = 96 << 20
+        gc.collect()
         first = CudaArena(gpu, [size_bytes], ())
         second = CudaArena(gpu, [1 << 20, 5], ())
         free_bytes = gpu.memory().free_bytes

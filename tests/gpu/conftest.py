@@ -61,16 +61,15 @@ def gpu(real_gpu: Gpu) -> Gpu:
 
 @pytest.fixture(scope="session")
 def cupy(real_gpu: Gpu) -> Any:
-    """cupy itself, on the same GPU."""
+    """The real cupy, on the same GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of toolkits that it did not find, which nothing here needs
-        module = pytest.importorskip("cupy", exc_type=ImportError)
-    return module
+        return pytest.importorskip("cupy", exc_type=ImportError)
 
 
 @pytest.fixture(scope="session")
 def torch(real_gpu: Gpu) -> Any:
-    """torch that sees the GPU."""
+    """The torch that sees the GPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = pytest.importorskip("torch", exc_type=ImportError)

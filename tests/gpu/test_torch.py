@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coldstart.frameworks import survey
+from coldstart.devices.device_bytes import DeviceBytes
+from coldstart.frameworks import arrays, bind, rebuild, survey
 from tests.contracts.gpu_torch import TorchContract, bits, network, tensors, tensors_of
 from tests.generations import fetched
 
@@ -38,16 +39,18 @@ class TestTorch(TorchContract):
     def test_a_survey_names_the_memory_of_the_gpu(self, torch: Any):
         """Storages on the device are found there and not copied; tensors of the host stay the host's."""
         state = {"here": torch.ones(100, device="cuda"), "host": torch.ones(100)}
-        found = {leaf.leaf.path: found_storage(survey(state, gpu=0), leaf) for leaf in survey(state, gpu=0).leaves}
-        (here,) = [storage for path, storage in found.items() if "here" in path]
-        assert here.address <= state["here"].data_ptr() < here.address + here.length_bytes
+        found = survey(state, gpu=0)
+        storages = {leaf.leaf.path: found.storages[leaf.leaf.buffer] for leaf in found.leaves}
+        (here,) = (storage for path, storage in storages.items() if "here" in path)
+        (host,) = (storage for path, storage in storages.items() if "host" in path)
+        assert here.data.address <= state["here"].data_ptr() < here.data.address + here.length_bytes
+        assert isinstance(here.data, DeviceBytes)
+        assert not isinstance(host.data, DeviceBytes)
 
     def test_memory_of_torch_and_of_an_arena_are_one_device(self, torch: Any):
         """What torch computes with an arena's tensors is what it computes with its own, on streams of its own too."""
         state = tensors("cuda")
         manifest, buffer_array = self.stored(state, "planes+zstd")
-        from coldstart.frameworks import arrays, rebuild
-
         found = rebuild(manifest.tree, arrays(manifest.leaves, buffer_array))
         with torch.cuda.stream(torch.cuda.Stream()):
             products = found["whole"] @ found["whole"].t(), state["whole"] @ state["whole"].t()
@@ -57,14 +60,8 @@ class TestTorch(TorchContract):
 
     def test_a_module_moves_on_like_any(self, torch: Any):
         """A restored module can be copied to the host and to another dtype."""
-        from coldstart.frameworks import bind
-
         module = network("cuda")
         manifest, buffer_array = self.stored(module, "raw")
         bound = bind(network("meta"), manifest.leaves, manifest.modules, buffer_array)
         assert bits(bound.to("cpu").embed.weight) == bits(module.embed.weight)
         assert bound.to(torch.float32).embed.weight.dtype == torch.float32
-
-
-def found_storage(found: Any, leaf: Any) -> Any:
-    return found.storages[leaf.leaf.buffer]
