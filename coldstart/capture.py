@@ -23,6 +23,7 @@ from coldstart import others, plan
 from coldstart.capture_sources import files_of, is_replaced, sources_of
 from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
+from coldstart.kernel_caches.merging import as_addition_to, with_kernels_of, with_record
 from coldstart.manifest import Buffer, Chunk, FileEntry, Manifest
 from coldstart.programs.record import to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from coldstart.caches import FileSource
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
+    from coldstart.kernel_caches.packing import Packed
     from coldstart.manifest import KeyRecord, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
@@ -63,6 +65,8 @@ class Capture(NamedTuple):
     """A program to be stored with it, for this platform; those of other platforms are kept as the parent has them."""
     outside: Callable[[str], bool] | None = None
     """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
+    kernels: Packed | None = None
+    """Kernel caches that this start has added; those that the parent has are kept."""
 
 
 class Encoding(NamedTuple):
@@ -279,9 +283,19 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunk
         signature="",
         extra={},
     )
-    if placed is None or capture.parent is None or not is_replaced(capture):
-        return manifest
-    return others.with_programs_of(manifest, capture.parent, placed.program.id)
+    if capture.parent is None or not is_replaced(capture):
+        return with_record(manifest, capture.kernels)
+    if placed is not None:
+        manifest = others.with_programs_of(manifest, capture.parent, placed.program.id)
+    return _with_kernels(manifest, capture, capture.parent)
+
+
+def _with_kernels(manifest: Manifest, capture: Capture, parent: Manifest) -> Manifest:
+    """The manifest with the parent's kernel caches too, unless the parent could not be read."""
+    manifest = with_record(manifest, capture.kernels)
+    if capture.kernels is not None and capture.kernels.alone:
+        return as_addition_to(parent, manifest)
+    return manifest if capture.mends else with_kernels_of(manifest, parent)
 
 
 def _mode(path: str) -> int:

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 from coldstart import events
 from coldstart.caches import own_files
 from coldstart.capture import Writing
+from coldstart.capture_sources import is_replaced
 from coldstart.errors import CaptureError, ExportError, ProofError, SnapshotError, StateChangedError, StoreError
 from coldstart.generation_plan import Outcome
+from coldstart.kernel_caches.home import proof_folder
+from coldstart.kernel_caches.packing import packed
 from coldstart.leases import Held, hold
 from coldstart.marks import changed_paths
 from coldstart.program_making import ProgramMaking, making_folder
@@ -112,6 +115,9 @@ class GenerationMaking:
         holding, self._holding = self._holding, None
         if holding is not None:
             holding.end()
+        self._end_writing()
+
+    def _end_writing(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.saver.stop()
@@ -166,13 +172,38 @@ class GenerationMaking:
                 self._note_refusal(repository, plan, identity, str(error))
             raise
 
+    def with_kernels(self, plan: Plan, began: float) -> Outcome | Held:
+        """A generation that is the current one with the kernels that this platform's caches lack there."""
+        kernels, name, key = plan.kernels, plan.capture.name, plan.capture.key
+        assert kernels is not None
+        self._idle(self._idle_seconds)
+        repository = self._open_repository()
+        earlier = refusal(repository.store, name, key, kernels.root)
+        if earlier:
+            return Outcome.none(f"kernel caches were tried before: {earlier}")
+        taken = hold(repository, name)
+        if isinstance(taken, Held):
+            return taken
+        self._holding = taken
+        replaces = repository.look_up(name, key)
+        capture = plan.capture._replace(survey=None, files=(), kinds={}, mends=False)
+        alone = plan._replace(capture=capture)
+        if replaces.ref is None or self.stopping.is_set():
+            return Outcome.none("there is no generation to add kernel caches to")
+        try:
+            return self._write_and_publish(alone, replaces, repository, began, "kernels that the snapshot lacks")
+        except ProofError as error:
+            if not (self.stopping.is_set() or (self._child is not None and self._child.was_killed)):
+                self._note_refusal(repository, plan, kernels.root, str(error))
+            raise
+
     def _note_refusal(self, repository: Repository, plan: Plan, identity: str, reason: str) -> None:
         """Best effort: where it cannot be written other workers try too, and this one's reason is what is told."""
         name = plan.capture.name
         try:
             note_refusal(repository.store, name, plan.capture.key, identity, reason)
         except StoreError as error:
-            self._bus.publish(events.StoreDegraded(name, f"that its program cannot be made is not remembered: {error}"))
+            self._bus.publish(events.StoreDegraded(name, f"that it cannot be made is not remembered: {error}"))
 
     def _make_and_publish_program(
         self, plan: Plan, replaces: Lookup, repository: Repository, began: float
@@ -193,7 +224,7 @@ class GenerationMaking:
             placed = place(Path(folder), plan.capture.survey)
             capture = plan.capture._replace(program=placed, outside=wish.outside, mends=False)
             outcome = self._write_and_publish(
-                plan._replace(capture=capture, due_at_once=False),
+                plan._replace(capture=capture, due_at_once=False, adds_kernels=False),
                 replaces,
                 repository,
                 began,
@@ -211,8 +242,33 @@ class GenerationMaking:
         reason: str,
         program: ProgramProof | None = None,
     ) -> Outcome | Held:
+        """With the kernel caches that this worker has added; where the proof fails with them, without."""
         self._check_unchanged(plan)
         capture = _with_parent(plan.capture, replaces, repository)
+        parent = capture.parent if is_replaced(capture) and not capture.mends else None
+        with packed(plan.kernels, parent, capture.generation, alone=plan.adds_kernels) as kernels:
+            if plan.adds_kernels and (kernels is None or parent is None):
+                return Outcome.none("another worker has added these kernels")
+            with_kernels = capture._replace(kernels=kernels)
+            try:
+                return self._write_capture(plan, with_kernels, replaces, repository, began, reason, program)
+            except ProofError as error:
+                if kernels is None or plan.adds_kernels or self.stopping.is_set():
+                    raise
+                self._end_writing()
+                reason = f"{reason}; kernel caches are left out, since the proof failed with them ({error})"
+        return self._write_capture(plan, capture, replaces, repository, began, reason, program)
+
+    def _write_capture(
+        self,
+        plan: Plan,
+        capture: Capture,
+        replaces: Lookup,
+        repository: Repository,
+        began: float,
+        reason: str,
+        program: ProgramProof | None,
+    ) -> Outcome | Held:
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self.stopping
         )
@@ -236,7 +292,10 @@ class GenerationMaking:
             program=program,
         )
         self._watch(proof)
-        compared = proof.run(capture.warmup_digests)
+        try:
+            compared = proof.run(capture.warmup_digests)
+        finally:
+            _forget_proof(plan)
         if self.stopping.is_set():
             return Outcome.none("the worker ended before the generation was published", saver.engine)
         self._writing.confirm(written)
@@ -320,6 +379,14 @@ class GenerationMaking:
                 " from the changed bytes",
                 snapshot=plan.capture.name,
             )
+
+
+def _forget_proof(plan: Plan) -> None:
+    """Remove the kernels that the proof's process has left: it was ended when it had answered."""
+    if plan.kernels is not None and plan.kernels.folder:
+        import shutil
+
+        shutil.rmtree(proof_folder(plan.kernels.folder), ignore_errors=True)
 
 
 def _usable_without(repository: Repository, replaces: Lookup) -> str:

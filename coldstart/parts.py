@@ -34,6 +34,8 @@ from coldstart.errors import (
     StoreError,
     StoreSetupError,
 )
+from coldstart.kernel_caches.use import NONE as NO_KERNELS
+from coldstart.kernel_caches.use import use_of
 from coldstart.keys import key_from_functions
 from coldstart.part import Part
 from coldstart.part_loading import Loader
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from coldstart.capture import Encoding
     from coldstart.definition import Definition
     from coldstart.fetch.base import FetchReport
+    from coldstart.kernel_caches.home import Kernels
     from coldstart.loops import Loops
     from coldstart.metrics import Timeline
     from coldstart.program_start import Accepted
@@ -68,6 +71,7 @@ class Parts:
         self, definition: Definition, services: Services, timeline: Timeline, early: Early | None, loops: Loops
     ) -> None:
         self.no_capture_reason = ""
+        self.kernels = NO_KERNELS
         self._may_not_write = False
         self._definition = definition
         self._services = services
@@ -259,6 +263,24 @@ class Parts:
             return NO_PROGRAMS
         wanted = backend or self._definition.program.backend
         return programs_of_start(self._services, self.device, snapshot, wanted)
+
+    def kernels_of(self, part: Part) -> Kernels | None:
+        """Where this process keeps compiled kernels; None for parts but the first: one snapshot of a handler holds them."""
+        return part.restoration.request.kernels if part.restoration and part is self.parts[0] else None
+
+    def note_kernels(self) -> None:
+        """After the warm-up: what was compiled. ``kernels`` says so from now on, and an event."""
+        part = self.parts[0]
+        kernels = self.kernels_of(part)
+        if kernels is None:
+            return
+        use = use_of(kernels, part.restored.kernels) if part.restored else use_of(kernels)
+        self.kernels = use
+        bus, name = self._services.bus, self._definition.name
+        if kernels.late:
+            bus.publish(events.KernelCachesPassedOver(name, kernels.late))
+        if use.restored_files or use.new_files:
+            bus.publish(events.KernelCachesUsed(name, use.restored_files, use.restored_bytes, use.new_files))
 
     # --- after ready -------------------------------------------------------------------------------------------------
 

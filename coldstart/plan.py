@@ -121,13 +121,16 @@ def fetch_order(manifest: Manifest) -> list[int]:
     return sorted(range(len(chunks)), key=lambda index: chunks[index].segment not in holding_files)
 
 
-def needed(manifest: Manifest, program_consumer: str = "") -> Manifest:
+def needed(manifest: Manifest, program_consumer: str = "", kernels_consumer: str = "") -> Manifest:
     """The part of a generation that one start needs, as a manifest of its own: with a program, or without any.
 
-    ``program_consumer`` is the consumer of the program's own segments. Segments that are not needed stay in their places
-    without bytes, so indices of segments are the same; their buffers, leaves and files are left out.
+    ``program_consumer`` is the consumer of the program's own segments, ``kernels_consumer`` that of kernel caches. Segments that
+    are not needed stay in their places without bytes, so indices of segments are the same; their buffers, leaves and files
+    are left out.
     """
     wanted = {BOTH, FILES, program_consumer} if program_consumer else {EAGER, BOTH, FILES, LOAD}
+    if kernels_consumer:
+        wanted.add(kernels_consumer)
     drops = [segment.consumer not in wanted for segment in manifest.segments]
     if not any(drops):
         return manifest

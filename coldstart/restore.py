@@ -32,6 +32,7 @@ from coldstart.errors import (
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
 from coldstart.fetch.crew import Bounds
 from coldstart.frameworks import arrays, bind, rebuild
+from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.ahead import LookAhead
     from coldstart.fetch.base import Address, Fetch, FetchReport
+    from coldstart.kernel_caches.home import Kernels
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
     from coldstart.programs.record import Program
@@ -78,6 +80,8 @@ class Request(NamedTuple):
     """Ids of the programs that this start can run and may, the preferred one first."""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
+    kernels: Kernels | None = None
+    """Where this process keeps compiled kernels, and which of the snapshot it may take."""
     recovery: str = "standard"
     """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
 
@@ -100,6 +104,8 @@ class Restored(NamedTuple):
     program: Program | None = None
     reason: str = ""
     replica_reads: int = 0
+    kernels: Placed = NOTHING
+    """The kernel caches that it brought."""
 
 
 class Missing(NamedTuple):
@@ -255,7 +261,8 @@ class Restoration:
         request = self.request
         whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         program = chosen(whole.programs, request.programs)
-        manifest = needed(whole, consumer_of(program.id) if program else "")
+        kernels = request.kernels.wanted if request.kernels else ""
+        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
@@ -271,6 +278,7 @@ class Restoration:
         )
         before = repository.store.tally
         arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        placed = self._place_kernels(whole, manifest, arena)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
         for reason in report.degraded:
@@ -279,7 +287,15 @@ class Restoration:
         step = self._step(report.retried_chunks, replica_reads)
         if recovered_by == "none":
             recovered_by = step
-        return Restored(manifest, key, arena, report, recovered_by, lookup, whole, program, replica_reads=replica_reads)
+        restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
+        return restored._replace(replica_reads=replica_reads, kernels=placed)
+
+    def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena) -> Placed:
+        """Put kernel caches in place before anybody compiles: this thread works beside the imports."""
+        placed = place_kernels(self.request.kernels, whole, manifest, arena)
+        if placed.obstacle:
+            self._bus.publish(events.KernelCachesPassedOver(self.request.name, placed.obstacle))
+        return placed
 
     def _step(self, retried_chunks: int, replica_reads: int) -> str:
         """What made the bytes of a generation whole, told to whoever subscribes."""
@@ -351,7 +367,10 @@ class Restoration:
             return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)
-        return look_ahead(request.address, wanted, bounds, engine=request.engine, programs=request.programs)
+        kernels = request.kernels.wanted if request.kernels else ""
+        return look_ahead(
+            request.address, wanted, bounds, engine=request.engine, programs=request.programs, kernels=kernels
+        )
 
     def _read_ahead(self, key: str) -> StoredObject | None:
         return None if self._ahead is None else self._ahead.read(key)

@@ -192,6 +192,7 @@ class Worker(Answering):
                 raise
             report = self._make_model(phases, parts)
         self._parts = parts
+        parts.note_kernels()
         plans, reason = plan_captures(parts, definition, report, events.bus)
         self.capture_reason = "" if plans else reason
         for fetched in parts.restored:

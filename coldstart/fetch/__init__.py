@@ -45,14 +45,21 @@ def start_fetch(request: FetchRequest, *, engine: str) -> Fetch:
 
 
 def look_ahead(
-    address: Address | None, ref_key: str, bounds: Bounds, *, engine: str, programs: Sequence[str] = ()
+    address: Address | None,
+    ref_key: str,
+    bounds: Bounds,
+    *,
+    engine: str,
+    programs: Sequence[str] = (),
+    kernels: str = "",
 ) -> LookAhead | None:
     """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to.
 
-    ``programs``: the ids of the programs that this start accepts, the preferred one first.
+    ``programs``: the ids of the programs that this start accepts, the preferred one first. ``kernels``: the consumer of the
+    kernel caches that it accepts.
     """
     if engine == "threads" or address is None or not address.url.startswith(REMOTE):
         return None
     from coldstart.fetch.ahead import begin
 
-    return begin(address, ref_key, bounds, programs)
+    return begin(address, ref_key, bounds, programs, kernels)

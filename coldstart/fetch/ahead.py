@@ -36,10 +36,13 @@ class Filling(NamedTuple):
     queue_fd: int
 
 
-def begin(address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str] = ()) -> LookAhead | None:
+def begin(
+    address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str] = (), kernels: str = ""
+) -> LookAhead | None:
     """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had.
 
-    ``programs`` are the ids that this start accepts: what only others need is not fetched.
+    ``programs`` are the ids that this start accepts, ``kernels`` the consumer of its kernel caches: what only others need is
+    not fetched.
     """
     if not can_spawn():
         return None
@@ -47,7 +50,7 @@ def begin(address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str
         fetcher = Fetcher()
     except OSError:
         return None  # whoever fetches will see it again, and say so
-    wanted = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs)}
+    wanted = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs), "kernels": kernels}
     fetcher.tell({"url": address.url, "options": address.options._asdict(), **wanted})
     return LookAhead(fetcher)
 

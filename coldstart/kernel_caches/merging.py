@@ -1,0 +1,75 @@
+"""Kernel caches in the next generation: what its parent has, of whatever platform, beside what was packed for this one.
+
+No byte is read: segments, chunks and files are taken over as the parent has them. Kernels do not depend on weights, so they
+outlive changed ones; and a generation that only adds kernels is its parent with one segment more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coldstart.kernel_caches.record import roots_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from coldstart.kernel_caches.packing import Packed
+    from coldstart.manifest import Manifest
+
+MOST_PLATFORMS = 8
+"""Platforms whose kernels one manifest holds: when one more comes, the one that was added to longest ago goes."""
+
+
+def with_record(manifest: Manifest, packed: Packed | None) -> Manifest:
+    """The manifest, which holds the packed files, with what is to be said of them."""
+    if packed is None:
+        return manifest
+    return manifest._replace(platform={**manifest.platform, packed.root: packed.record})
+
+
+def with_kernels_of(manifest: Manifest, parent: Manifest) -> Manifest:
+    """The manifest with the parent's kernels behind its own."""
+    own = set(roots_of(manifest))
+    others = [root for root in roots_of(parent) if root not in own]
+    kept = {*[root for root in roots_of(parent) if root in own], *others[: MOST_PLATFORMS - max(1, len(own))]}
+    records = {root: text for root, text in parent.platform.items() if root in kept}
+    merged = _appended(manifest, parent, kept)
+    return merged._replace(platform={**records, **manifest.platform})
+
+
+def as_addition_to(parent: Manifest, small: Manifest) -> Manifest:
+    """The parent as a generation of its own, with the files of ``small``, whose number and origin it has, before its own."""
+    base = with_kernels_of(small._replace(programs=()), parent)
+    rest = [index for index, segment in enumerate(parent.segments) if segment.consumer not in roots_of(parent)]
+    places = {old: len(base.segments) + new for new, old in enumerate(rest)}
+    return base._replace(
+        rung=parent.rung,
+        segments=base.segments + tuple(parent.segments[index] for index in rest),
+        buffers=tuple(buffer._replace(segment=places[buffer.segment]) for buffer in parent.buffers),
+        leaves=parent.leaves,
+        files=base.files
+        + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
+        chunks=base.chunks
+        + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in parent.chunks if chunk.segment in places),
+        pools=parent.pools,
+        tree=parent.tree,
+        modules=parent.modules,
+        programs=parent.programs,
+        warmup_digests=parent.warmup_digests,
+        provenance=parent.provenance,
+        requires=parent.requires,
+        extra=parent.extra,
+    )
+
+
+def _appended(manifest: Manifest, parent: Manifest, roots: Collection[str]) -> Manifest:
+    """The manifest with the parent's segments of these consumers, and what lies in them."""
+    taken = [index for index, segment in enumerate(parent.segments) if segment.consumer in roots]
+    places = {old: len(manifest.segments) + new for new, old in enumerate(taken)}
+    return manifest._replace(
+        segments=manifest.segments + tuple(parent.segments[index] for index in taken),
+        chunks=manifest.chunks
+        + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in parent.chunks if chunk.segment in places),
+        files=manifest.files
+        + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
+    )
