@@ -32,6 +32,7 @@ from coldstart.errors import (
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
 from coldstart.fetch.crew import Bounds
 from coldstart.frameworks import arrays, bind, rebuild
+from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
 from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
@@ -277,7 +278,13 @@ class Restoration:
             )
         )
         before = repository.store.tally
-        arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        try:
+            arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        except (StoreError, SnapshotError) as error:
+            if not is_of_kernels(manifest, kernels, error.key or ""):
+                raise
+            manifest = self._without_kernels(manifest, _reason(error))
+            arena, report = self._fetched(repository, manifest, key)
         placed = self._place_kernels(whole, manifest, arena)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
@@ -289,6 +296,15 @@ class Restoration:
             recovered_by = step
         restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
         return restored._replace(replica_reads=replica_reads, kernels=placed)
+
+    def _without_kernels(self, manifest: Manifest, reason: str) -> Manifest:
+        """The manifest to go on with where nothing but a kernel cache is bad: fetched again, by somebody who knows of it."""
+        self._bus.publish(events.KernelCachesPassedOver(self.request.name, reason))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.end()
+        self._manifest = without_kernels(manifest)
+        return self._manifest
 
     def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena) -> Placed:
         """Put kernel caches in place before anybody compiles: this thread works beside the imports."""

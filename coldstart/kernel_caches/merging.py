@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coldstart.kernel_caches.kinds import KERNELS_ROOT
 from coldstart.kernel_caches.record import roots_of
 
 if TYPE_CHECKING:
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
 
 MOST_PLATFORMS = 8
 """Platforms whose kernels one manifest holds: when one more comes, the one that was added to longest ago goes."""
+
+
+def is_of_kernels(manifest: Manifest, consumer: str, key: str) -> bool:
+    """Whether the object stored under ``key``, or the blob of that name, is needed for kernels of ``consumer`` alone."""
+    blob = key.rpartition("/")[2]
+    users = {manifest.segments[chunk.segment].consumer for chunk in manifest.chunks if chunk.blob == blob}
+    return bool(consumer) and users == {consumer}
+
+
+def without_kernels(manifest: Manifest) -> Manifest:
+    """What a start needs of a generation but for kernels; indices of segments stay."""
+    drops = {index for index, segment in enumerate(manifest.segments) if segment.consumer.startswith(KERNELS_ROOT)}
+    segments = tuple(
+        segment._replace(length_bytes=0) if index in drops else segment
+        for index, segment in enumerate(manifest.segments)
+    )
+    return manifest._replace(
+        segments=segments,
+        files=tuple(entry for entry in manifest.files if entry.segment not in drops),
+        chunks=tuple(chunk for chunk in manifest.chunks if chunk.segment not in drops),
+    )
 
 
 def with_record(manifest: Manifest, packed: Packed | None) -> Manifest:
