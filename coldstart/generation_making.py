@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coldstart import events
-from coldstart.caches import own_files
 from coldstart.capture import Writing
 from coldstart.capture_sources import is_replaced
-from coldstart.errors import CaptureError, ExportError, ProofError, SnapshotError, StateChangedError, StoreError
+from coldstart.errors import CaptureError, ExportError, ProofError, StateChangedError, StoreError
+from coldstart.generation_parents import has_program, is_overtaken, usable_without, with_parent
 from coldstart.generation_plan import Outcome
 from coldstart.kernel_caches.home import proof_folder
 from coldstart.kernel_caches.packing import packed
@@ -25,7 +25,6 @@ from coldstart.leases import Held, hold
 from coldstart.marks import changed_paths
 from coldstart.program_making import ProgramMaking, making_folder
 from coldstart.programs.placing import place
-from coldstart.programs.record import programs_of
 from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
 from coldstart.refusals import note_refusal, refusal
@@ -134,7 +133,7 @@ class GenerationMaking:
             return Outcome.none("the worker ended before its state was captured")
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
-        if plan.due_at_once and _is_overtaken(repository, plan.capture, replaces):
+        if plan.due_at_once and is_overtaken(repository, plan.capture, replaces):
             return self.skip(plan, OVERTAKEN)
         reason = "no usable snapshot" if plan.due_at_once else "policy"
         return self._write_and_publish(plan, replaces, repository, began, reason)
@@ -163,7 +162,7 @@ class GenerationMaking:
         self._holding = taken
         replaces = repository.look_up(name, key)
         is_unfit = replaces.ref is not None and replaces.ref.generation == wish.unfit_generation
-        if not (wish.is_fresh or is_unfit) and _has_program(repository, replaces, accepted.identities[0], wish.options):
+        if not (wish.is_fresh or is_unfit) and has_program(repository, replaces, accepted.identities[0], wish.options):
             return self.skip(plan, "another worker made the program")._replace(program=wish.backend)
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
@@ -211,7 +210,7 @@ class GenerationMaking:
         wish = plan.program
         assert wish is not None
         with making_folder() as folder:
-            manifest = _usable_without(repository, replaces)
+            manifest = usable_without(repository, replaces)
             pinned = {plan.capture.name: manifest} if manifest else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             child = ProgramMaking(
@@ -244,7 +243,7 @@ class GenerationMaking:
     ) -> Outcome | Held:
         """With the kernel caches that this worker has added; where the proof fails with them, without."""
         self._check_unchanged(plan)
-        capture = _with_parent(plan.capture, replaces, repository)
+        capture = with_parent(plan.capture, replaces, repository)
         parent = capture.parent if is_replaced(capture) and not capture.mends else None
         with packed(plan.kernels, parent, capture.generation, alone=plan.adds_kernels) as kernels:
             if plan.adds_kernels and (kernels is None or parent is None):
@@ -278,7 +277,7 @@ class GenerationMaking:
             if isinstance(taken, Held):
                 return taken
             self._holding = taken
-        if _is_overtaken(repository, capture, replaces):  # by who had the lease before
+        if is_overtaken(repository, capture, replaces):  # by who had the lease before
             return self.skip(plan, OVERTAKEN)
         self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         with self._between_events(saver.group):
@@ -387,47 +386,3 @@ def _forget_proof(plan: Plan) -> None:
         import shutil
 
         shutil.rmtree(proof_folder(plan.kernels.folder), ignore_errors=True)
-
-
-def _usable_without(repository: Repository, replaces: Lookup) -> str:
-    """The key of the current generation's manifest, "" where a start without a program cannot use it and has to run ``load``."""
-    if replaces.ref is None:
-        return ""
-    try:
-        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
-    except (StoreError, SnapshotError):
-        return ""
-    return replaces.ref.manifest if manifest.rung != "files" or own_files(manifest) else ""
-
-
-def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:
-    """Whether the current generation has this program already, as it is wished for."""
-    if replaces.ref is None:
-        return False
-    try:
-        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
-    except (StoreError, SnapshotError):
-        return False
-    return any((each.id, each.options) == (identity, options) for each in programs_of(manifest.programs))
-
-
-def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> Capture:
-    """The capture with its number and its parent: the generation it replaces, else the newest of another key.
-
-    An unreadable parent is no obstacle: it only means that nothing is reused by it.
-    """
-    parent, parent_key = None, ""
-    known = replaces.ref or replaces.newest
-    if replaces.ref is None and known is not None and known.key.digest == capture.key.digest:
-        known = None  # of a deleted snapshot, whose blobs are the collector's
-    if known is not None:
-        with suppress(StoreError, SnapshotError):
-            parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
-    generation = repository.next_generation(capture.name, capture.key, replaces.ref)
-    return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
-
-
-def _is_overtaken(repository: Repository, capture: Capture, replaces: Lookup) -> bool:
-    """Whether a generation was published since ``replaces`` was looked up: then nothing need be written."""
-    current = repository.look_up(capture.name, capture.key).ref
-    return current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest)

@@ -86,6 +86,11 @@ class Request(NamedTuple):
     recovery: str = "standard"
     """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
 
+    @property
+    def kernels_consumer(self) -> str:
+        """The consumer of the segments with kernel caches that it takes, "" for none."""
+        return self.kernels.wanted if self.kernels else ""
+
 
 class Restored(NamedTuple):
     """A snapshot in memory, verified. ``recovered_by``: none, chunk_retry, replica or previous_generation.
@@ -262,7 +267,7 @@ class Restoration:
         request = self.request
         whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         program = chosen(whole.programs, request.programs)
-        kernels = request.kernels.wanted if request.kernels else ""
+        kernels = request.kernels_consumer
         manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
@@ -278,14 +283,15 @@ class Restoration:
             )
         )
         before = repository.store.tally
+        unread = ""
         try:
             arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
         except (StoreError, SnapshotError) as error:
             if not is_of_kernels(manifest, kernels, error.key or ""):
                 raise
-            manifest = self._without_kernels(manifest, _reason(error))
+            manifest, unread = self._without_kernels(manifest), _reason(error)
             arena, report = self._fetched(repository, manifest, key)
-        placed = self._place_kernels(whole, manifest, arena)
+        placed = self._place_kernels(whole, manifest, arena, unread)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
         for reason in report.degraded:
@@ -297,18 +303,17 @@ class Restoration:
         restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
         return restored._replace(replica_reads=replica_reads, kernels=placed)
 
-    def _without_kernels(self, manifest: Manifest, reason: str) -> Manifest:
+    def _without_kernels(self, manifest: Manifest) -> Manifest:
         """The manifest to go on with where nothing but a kernel cache is bad: fetched again, by somebody who knows of it."""
-        self._bus.publish(events.KernelCachesPassedOver(self.request.name, reason))
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.end()
         self._manifest = without_kernels(manifest)
         return self._manifest
 
-    def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena) -> Placed:
+    def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena, unread: str) -> Placed:
         """Put kernel caches in place before anybody compiles: this thread works beside the imports."""
-        placed = place_kernels(self.request.kernels, whole, manifest, arena)
+        placed = place_kernels(self.request.kernels, whole, manifest, arena, unread)
         if placed.obstacle:
             self._bus.publish(events.KernelCachesPassedOver(self.request.name, placed.obstacle))
         return placed
@@ -383,7 +388,7 @@ class Restoration:
             return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)
-        kernels = request.kernels.wanted if request.kernels else ""
+        kernels = request.kernels_consumer
         return look_ahead(
             request.address, wanted, bounds, engine=request.engine, programs=request.programs, kernels=kernels
         )

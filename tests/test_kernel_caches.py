@@ -230,13 +230,14 @@ def test_folder_of_others(clean: Path) -> None:
     home.forget()
     folder.parent.chmod(0o777)
     assert "others may write to" in set_up().obstacle
+    assert "CUPY_CACHE_DIR" not in os.environ
 
 
 def test_no_folder(clean: Path) -> None:
     """A folder that cannot be made costs the caches and not the start."""
     (clean / "files").write_text("a file")
     kernels = set_up()
-    assert "cannot be written" in kernels.obstacle
+    assert "cannot be made" in kernels.obstacle
     assert "CUPY_CACHE_DIR" not in os.environ
 
 

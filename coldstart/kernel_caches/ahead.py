@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from coldstart.kernel_caches.home import Kernels
     from coldstart.manifest import Manifest
 
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")
-"""What ``torch.compile`` imports on its first use: 2 s, half of what a compilation takes that finds everything cached."""
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch.utils.cpp_extension")
+"""What ``torch.compile`` imports on its first use: 2 s, over half of a compilation that finds everything cached."""
 
 
 def compiles(kernels: Kernels | None, manifest: Manifest | None) -> bool:

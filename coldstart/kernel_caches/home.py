@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart.config import read_variable, set_variables
 from coldstart.errors import ProgramRuntimeError
 from coldstart.kernel_caches.compiler import takes_all_instructions
-from coldstart.kernel_caches.kinds import COMPILER_SWITCH, INDUCTOR, KINDS, SWITCHES, TRITON, names_in
+from coldstart.kernel_caches.kinds import COMPILER_SWITCH, DRIVER, INDUCTOR, KINDS, SWITCHES, TRITON, names_in
 from coldstart.kernel_caches.platform import library_versions, platform_of, root_of
 from coldstart.signing import are_required
 from coldstart.stores import folder_of
@@ -46,15 +46,15 @@ _LATE = (
 
 
 class Home(NamedTuple):
-    """One process' folder. ``kinds``: those whose variables are ours. ``theirs``: variables that the user has set.
+    """One process' folder. ``kinds``: those whose variables are ours. ``late``: what was read before the start could set it.
 
-    ``late``: what was read before the start could set it, "" for nothing.
+    ``obstacle``: why no variable was set, "" if one was.
     """
 
     folder: str
     kinds: tuple[str, ...]
-    theirs: tuple[str, ...]
     late: str
+    obstacle: str
 
 
 class Kernels(NamedTuple):
@@ -111,21 +111,17 @@ def set_up(settings: Settings, device: Device, name: str, key_digest: str, *, pr
     root = root_of(facts)
     handler = name.partition("=")[0]
     folder = f"{settings.files_folder}/{handler}/kernels/{root.rpartition('_')[2]}-{key_digest[:_KEY_DIGITS]}"
-    try:
-        own = f"{folder}.proof-{os.getppid()}" if proves else folder
-        home = _home(settings, own, facts["processor"], anew=proves)
-    except OSError as error:
-        return _without(f"{folder} cannot be written: {error.strerror}")
-    obstacle = weakness_of(home.folder) or (
-        "" if home.kinds else f"{', '.join(home.theirs)} are set, so these caches are left to who set them"
-    )
+    own = f"{folder}.proof-{os.getppid()}" if proves else folder
+    home = _home(settings, own, facts["processor"], anew=proves)
+    if home.obstacle:
+        return _without(home.obstacle)
     before = frozenset(names_in(home.folder, home.kinds))
     return Kernels(
         home.folder,
         root,
         facts,
         home.kinds,
-        obstacle,
+        "",
         _distrust(settings, name),
         partial(_capture_distrust, settings, name),
         home.late,
@@ -167,17 +163,16 @@ def _home(settings: Settings, folder: str, processor: str, *, anew: bool) -> Hom
 
 
 def _made(settings: Settings, folder: str, processor: str, *, anew: bool) -> Home:
-    """Make the folder and set the variables. Raises OSError."""
-    if anew:
-        import shutil
-
-        shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    """Make the folder and set the variables, unless something stands in the way."""
+    obstacle = _obstacle_to_making(folder, anew=anew)
+    if obstacle:
+        return Home("", (), "", obstacle)
     theirs = {kind.variable for kind in KINDS if not _is_free(kind.variable, settings)}
     if INDUCTOR.variable in theirs:  # which keeps Triton's kernels too, where nobody says otherwise
         theirs.add(TRITON.variable)
     ours = [kind for kind in KINDS if kind.variable not in theirs]
+    if not ours:
+        return Home("", (), "", f"{', '.join(sorted(theirs))} are set, so these caches are left to who set them")
     changes = {kind.variable: f"{folder}/{kind.name}" for kind in ours}
     changes |= {name: value for name, (kind, value) in SWITCHES.items() if kind in ours and read_variable(name) is None}
     if not takes_all_instructions(processor):
@@ -185,7 +180,24 @@ def _made(settings: Settings, folder: str, processor: str, *, anew: bool) -> Hom
     late = _late(changes)
     _process.before = {name: read_variable(name) for name in changes}
     set_variables(changes)
-    return Home(folder, tuple(kind.name for kind in ours), tuple(sorted(theirs)), late)
+    return Home(folder, tuple(kind.name for kind in ours), late, "")
+
+
+def _obstacle_to_making(folder: str, *, anew: bool) -> str:
+    """Make the folder; why it is not to be used, "" if it is: libraries must find room there, and run what they put there."""
+    if anew:
+        import shutil
+
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+        for path in (folder, f"{folder}/{DRIVER.name}"):  # libraries make their own; of the driver nobody knows
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+            return f"nothing may be executed below {folder}: its file system is mounted noexec"
+    except OSError as error:
+        return f"{folder} cannot be made: {error.strerror}"
+    return weakness_of(folder) if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
 
 
 def _is_free(variable: str, settings: Settings) -> bool:

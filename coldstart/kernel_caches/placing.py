@@ -41,8 +41,13 @@ class Placed(NamedTuple):
 NOTHING = Placed(0, 0, "", frozenset(), 0)
 
 
-def place_kernels(kernels: Kernels | None, whole: Manifest, narrowed: Manifest, arena: Arena) -> Placed:
-    """Put the caches that ``narrowed`` holds of the generation ``whole`` in place, from its ``arena``. Never raises OSError."""
+def place_kernels(
+    kernels: Kernels | None, whole: Manifest, narrowed: Manifest, arena: Arena, unread: str = ""
+) -> Placed:
+    """Put the caches that ``narrowed`` holds of the generation ``whole`` in place, from its ``arena``. Never raises OSError.
+
+    ``unread``: why it holds none, where they could not be fetched.
+    """
     roots = roots_of(whole)
     if kernels is None or not roots:
         return NOTHING
@@ -55,13 +60,9 @@ def place_kernels(kernels: Kernels | None, whole: Manifest, narrowed: Manifest, 
     placer = _Placer(kernels)
     for entry in _one_driver_set(entries):
         placer.place(entry, arena)
-    return Placed(
-        placer.files,
-        placer.total_bytes,
-        "; ".join(sorted(placer.problems)),
-        frozenset(entry.name for entry in entries),
-        record_of(whole, kernels.root).rounds,
-    )
+    names = frozenset(entry.name for entry in whole.files if entry.root == kernels.root)
+    obstacle = unread or "; ".join(sorted(placer.problems))
+    return Placed(placer.files, placer.total_bytes, obstacle, names, record_of(whole, kernels.root).rounds)
 
 
 def _one_driver_set(entries: Iterable[FileEntry]) -> list[FileEntry]:

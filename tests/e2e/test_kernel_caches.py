@@ -183,6 +183,7 @@ def test_damaged_cache(kernels: Project) -> None:
     start = kernels.run()
     assert (start.kind, start.output["hits"], start.record["recovered_by"]) == ("restored", [MISS], "none")
     assert use(start)["restored_files"] == 0
+    assert use(start)["obstacle"].startswith("BlobCorruptError: ")
 
 
 def test_remote_store(tmp_path: Path, s3_bucket: str, s3_options: StoreOptions) -> None:
