@@ -7,6 +7,7 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,14 @@ from coldstart.early import (
 from coldstart.errors import (
     AccessDeniedError,
     KeyUncomputableError,
+    PhaseError,
     ProgramCallError,
     ProgramError,
     StateMismatchError,
     StoreError,
     StoreSetupError,
 )
+from coldstart.kernel_caches import home
 from coldstart.kernel_caches.use import NONE as NO_KERNELS
 from coldstart.kernel_caches.use import use_of
 from coldstart.keys import key_from_functions
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
     from coldstart.capture import Encoding
     from coldstart.definition import Definition
+    from coldstart.errors import ColdstartError
     from coldstart.fetch.base import FetchReport
     from coldstart.kernel_caches.home import Kernels
     from coldstart.loops import Loops
@@ -134,6 +138,31 @@ class Parts:
         part.program, part.restored, part.kind, part.reason = None, None, "cold", ""
         pass_over(part, f"the handler cannot be answered by it: {cause}", self._services.bus)
         part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
+        return True
+
+    def leave_kernels(self, error: ColdstartError) -> bool:
+        """After a failed phase of the user's: whether kernels were restored, and the start is to be tried again without any."""
+        part = self.parts[0]
+        is_users = isinstance(error, PhaseError) and error.phase in (
+            "kernel_compile",
+            "custom_init",
+            "warmup_inference",
+        )
+        if not is_users or part.key is None or part.restored is None or self._services.pinned:
+            return False
+        if not part.restored.kernels.files:
+            return False
+        reason = f"the start failed with them: {error}"
+        home.give_up(reason)
+        compiler = sys.modules.get("torch.compiler")
+        if "torch._dynamo" in sys.modules and compiler is not None:
+            compiler.reset()
+        self._services.bus.publish(events.KernelCachesPassedOver(part.snapshot, reason))
+        part.restored, part.kind, part.reason = None, "cold", ""
+        programs = self.accepted_programs(part.snapshot).identities
+        part.restoration = restoration_of(
+            part.snapshot, part.key, self.open_repository, self.device, self._services, programs
+        )
         return True
 
     # --- what the start record says ----------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ class Worker(Answering):
         try:
             report = self._make_model(phases, parts)
         except ColdstartError as error:
-            if not parts.leave_program(error):
+            if not (parts.leave_program(error) or parts.leave_kernels(error)):
                 raise
             report = self._make_model(phases, parts)
         self._parts = parts

@@ -17,6 +17,9 @@ def cupy(name: str) -> bool:
     folder = os.environ["CUPY_CACHE_DIR"]
     path = os.path.join(folder, f"{hashlib.md5(name.encode()).hexdigest()}_2.cubin")
     if os.path.exists(path):
+        with open(path) as file:
+            if not file.read().startswith("cubin of"):
+                raise RuntimeError("device kernel image is invalid")
         return True
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "tmpabcd_123"), "w"):

@@ -479,6 +479,20 @@ def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (sorted(found.files), found.left_out) == (["cupy/a", "cupy/c"], 2)
 
 
+def test_libraries_that_are_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that another worker's compiler is writing at that moment is not packed; one that has settled is."""
+    fill(tmp_path, "inductor/ab/done.so", "inductor/ab/growing.so")
+
+    def meanwhile(_: float) -> None:
+        fill(tmp_path, "inductor/ab/growing.so")
+        (tmp_path / "inductor/ab/growing.so").write_text("more of it than before")
+
+    monkeypatch.setattr(packing.time, "sleep", meanwhile)
+    with packed(kernels_at(tmp_path), None, 1) as found:
+        assert found is not None
+        assert list(found.files) == ["inductor/ab/done.so"]
+
+
 def test_distrusted_store_gets_none(tmp_path: Path) -> None:
     """Into a store whose code nobody would execute no kernels are captured."""
     fill(tmp_path, "cupy/a")

@@ -134,6 +134,22 @@ def proof_folder(folder: str) -> str:
     return f"{folder}.proof-{os.getpid()}"
 
 
+def give_up(reason: str) -> None:
+    """Remove what lies in the folder, and neither restore nor capture any more: the start could not go on with it.
+
+    The libraries go on writing there. Other workers of the host compile what they look for and do not find.
+    """
+    import shutil
+
+    with _process.lock:
+        home = _process.home
+        if home is None or home.obstacle:
+            return
+        for kind in home.kinds:
+            shutil.rmtree(f"{home.folder}/{kind}", ignore_errors=True)
+        _process.home = home._replace(obstacle=reason)
+
+
 def forget() -> None:
     """Take back what was set. For tests, which start many handlers in one process."""
     with _process.lock:

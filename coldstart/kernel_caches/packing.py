@@ -7,6 +7,7 @@ from one compilation to the next. What a list of Triton's says of this machine i
 from __future__ import annotations
 
 import os
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,10 @@ MOST_BYTES = 1 << 30
 """Files and bytes of one platform: more of them would take longer to fetch than to do without. What is beyond is left out."""
 MOST_ROUNDS = 8
 """Generations that add kernels of one platform to one key's: who compiles something else at every start is not followed."""
+
+
+SETTLED_SECONDS = 2.0
+"""C++ compilers write libraries where they will lie: one that another worker of the host is writing is left to it."""
 
 
 class Packed(NamedTuple):
@@ -75,7 +80,7 @@ def _copies(kernels: Kernels, names: list[str], target: str, most_files: int, mo
     """Copy what fits, in the order of the names; what went away meanwhile, or cannot be moved elsewhere, is left out."""
     paths = names_in(kernels.folder, kernels.kinds)
     found: dict[str, str] = {}
-    for name in names:
+    for name in _settled(names, paths):
         try:
             with open(paths[name], "rb") as file:
                 data = file.read(most_bytes + 1)
@@ -92,3 +97,19 @@ def _copies(kernels: Kernels, names: list[str], target: str, most_files: int, mo
         os.chmod(copy, 0o700 if os.access(paths[name], os.X_OK) else 0o600)
         found[name] = copy
     return found
+
+
+def _settled(names: list[str], paths: Mapping[str, str]) -> list[str]:
+    """The names of files that nobody is writing to. Waits for libraries of a moment ago; other files appear whole."""
+    before = {name: _state(paths.get(name, "")) for name in names if name.endswith(".so")}
+    if any(time.time_ns() - changed_ns < SETTLED_SECONDS * 1e9 for _, changed_ns in before.values()):
+        time.sleep(SETTLED_SECONDS)
+    return [name for name in names if name not in before or before[name] == _state(paths.get(name, ""))]
+
+
+def _state(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (-1, 0)
+    return (status.st_size, status.st_mtime_ns)

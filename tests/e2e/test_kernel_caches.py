@@ -186,6 +186,18 @@ def test_damaged_cache(kernels: Project) -> None:
     assert use(start)["obstacle"].startswith("BlobCorruptError: ")
 
 
+def test_start_fails_with_them(kernels: Project) -> None:
+    """A start that fails with cached kernels is tried again without any: a bad cache costs time and not the worker."""
+    kernels.run()
+    (cubin,) = (kernels.folder.parent / "fresh").rglob("*_2.cubin")
+    cubin.write_text("rubbish")
+    start = kernels.run()
+    assert (start.kind, start.output["sum"], start.output["hits"][-1]) == ("restored", 1000.0, MISS)
+    assert "device kernel image is invalid" in use(start)["obstacle"]
+    assert start.capture == {"published": False, "reason": ""}
+    assert kernels.run().output["hits"] == [HIT]
+
+
 def test_remote_store(tmp_path: Path, s3_bucket: str, s3_options: StoreOptions) -> None:
     """Of a remote store kernels are kept where snapshots are signed, and not where they are not."""
     project = Project(tmp_path)
