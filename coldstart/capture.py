@@ -27,6 +27,7 @@ from coldstart.capture_sources import files_of, is_replaced, sources_of
 from coldstart.codecs import ANS, FOR_DEVICES, check_setting
 from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
+from coldstart.kernel_caches.merging import as_addition_to, with_kernels_of, with_record
 from coldstart.manifest import FORMS, Buffer, Chunk, FileEntry, Manifest
 from coldstart.programs.record import to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from coldstart.caches import FileSource
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
+    from coldstart.kernel_caches.packing import Packed
     from coldstart.manifest import Form, KeyRecord, Pool, PoolArray, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
@@ -72,6 +74,8 @@ class Capture(NamedTuple):
     pools: tuple[Pool, ...] = ()
     """Memory beside the state, which is listed and not stored; and which of it are arrays."""
     pool_arrays: tuple[PoolArray, ...] = ()
+    kernels: Packed | None = None
+    """Kernel caches that this start has added; those that the parent has are kept."""
 
 
 class Encoding(NamedTuple):
@@ -385,9 +389,19 @@ def _manifest(
         host_segments=_host_segments(capture, layout),
         forms=forms,
     )
-    if placed is None or capture.parent is None or not is_replaced(capture):
-        return manifest
-    return others.with_programs_of(manifest, capture.parent, placed.program.id)
+    if capture.parent is None or not is_replaced(capture):
+        return with_record(manifest, capture.kernels)
+    if placed is not None:
+        manifest = others.with_programs_of(manifest, capture.parent, placed.program.id)
+    return _with_kernels(manifest, capture, capture.parent)
+
+
+def _with_kernels(manifest: Manifest, capture: Capture, parent: Manifest) -> Manifest:
+    """The manifest with the parent's kernel caches too, unless the parent could not be read."""
+    manifest = with_record(manifest, capture.kernels)
+    if capture.kernels is not None and capture.kernels.alone:
+        return as_addition_to(parent, manifest)
+    return manifest if capture.mends else with_kernels_of(manifest, parent)
 
 
 def _host_segments(capture: Capture, layout: Layout) -> tuple[int, ...]:
