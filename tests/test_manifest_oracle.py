@@ -276,7 +276,7 @@ def check_forms(forms: list[dict], chunks: list[dict]) -> None:
     assert numbers == sorted(set(numbers))
     for form in forms:
         length = chunks[form["chunk"]]["length_bytes"] if form["chunk"] < len(chunks) else 0
-        assert 0 < length
+        assert length > 0
         assert form["stored_bytes"] <= length + length // 8 + (64 << 10)
         for other in (*forms, *chunks):
             assert other["blob"] != form["blob"] or other["stored_bytes"] == form["stored_bytes"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from tests.fake_gpu.libraries import report
-
 from coldstart.codecs.nvcomp import LIBRARY, Nvcomp
 from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Gpu, open_gpu
@@ -14,6 +12,7 @@ from coldstart.devices.cuda_memory import copy_out
 from coldstart.fetch import FetchRequest, start_fetch, start_threads
 from coldstart.fetch.landing import PLANES, Landing
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
+from tests.fake_gpu.libraries import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
