@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from coldstart.caches import FileSource
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
-    from coldstart.manifest import Form, KeyRecord, Segment
+    from coldstart.manifest import Form, KeyRecord, Pool, PoolArray, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
     from coldstart.repository import Repository
@@ -69,6 +69,9 @@ class Capture(NamedTuple):
     """A program to be stored with it, for this platform; those of other platforms are kept as the parent has them."""
     outside: Callable[[str], bool] | None = None
     """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
+    pools: tuple[Pool, ...] = ()
+    """Memory beside the state, which is listed and not stored; and which of it are arrays."""
+    pool_arrays: tuple[PoolArray, ...] = ()
 
 
 class Encoding(NamedTuple):
@@ -366,7 +369,8 @@ def _manifest(
         leaves=() if survey is None else tuple(found.leaf for found in survey.leaves),
         files=files,
         chunks=chunks,
-        pools=placed.pools if placed is not None else (),
+        pools=capture.pools + (placed.pools if placed is not None else ()),
+        pool_arrays=capture.pool_arrays,
         tree=None if survey is None else survey.tree,
         modules={} if survey is None else dict(survey.modules),
         programs=(to_json(placed.program),) if placed is not None else (),

@@ -44,7 +44,7 @@ from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
 from coldstart.segments import map_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.ahead import LookAhead
@@ -437,10 +437,13 @@ def bind_arrays(restored: Restored, skeleton: Any, *, besides: tuple[str, ...] =
     return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored), besides=besides)
 
 
-def rebuild_tree(restored: Restored) -> Any:
-    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError."""
+def rebuild_tree(restored: Restored, besides: Mapping[str, Any] | None = None) -> Any:
+    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError.
+
+    ``besides``: arrays by their paths that the snapshot has no bytes of.
+    """
     found = arrays(restored.manifest.leaves, _buffer_array(restored))
-    return rebuild(restored.manifest.tree, found)
+    return rebuild(restored.manifest.tree, {**found, **(besides or {})})
 
 
 def _buffer_array(restored: Restored) -> Callable[[int], Any]:

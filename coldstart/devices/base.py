@@ -84,12 +84,6 @@ class Arena(ABC):
         Writes by the user's code stay in this process. The view keeps the arena alive.
         """
 
-    def zeros(self, length_bytes: int) -> Any:
-        """A fresh array of zeros like those of ``array``, beside the segments. Raises DeviceError."""
-        import numpy as np
-
-        return np.zeros(length_bytes, np.uint8)
-
 
 class Device(ABC):
     """A place where state lives."""
@@ -120,6 +114,14 @@ class Device(ABC):
 
         ``host_segments``: indices of those that belong into host memory, whatever the device.
         """
+
+    def zeros(self, length_bytes: int) -> Any:
+        """Bytes of no arena, like those of ``Arena.array``: zeros, and really there. Raises DeviceError, MemoryError."""
+        import numpy as np
+
+        made = np.empty(length_bytes, np.uint8)
+        made.fill(0)
+        return made
 
     def adopt(self, memory_file: int, segment_bytes: Sequence[int]) -> Arena:
         """An arena of segments of these sizes over a memory file that another process lays out as ``allocate`` would.

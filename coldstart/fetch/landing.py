@@ -157,10 +157,10 @@ class Landing:
             chunk = self._manifest.chunks[filled.chunk]
             table = self._table(filled, chunk)
             if filled.chunk in self._taken:  # a fetcher died, and another did its work again
-                self._ring.release(filled.slot)
+                self._ring.release([filled.slot])
             elif not self._arena.is_on_device(chunk.segment) or (table is None and not filled.is_raw):
                 self._place(filled, chunk)
-                self._ring.release(filled.slot)
+                self._ring.release([filled.slot])
             else:
                 batch.slots.append(filled.slot)
                 if table is None:
@@ -183,7 +183,7 @@ class Landing:
             decoding.wait_for(event)
             self._decode(batch, scratch, decoding)
             decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
-        copied.add(event, partial(self._release, batch.slots))
+        copied.add(event, partial(self._ring.release, batch.slots))
 
     def _table(self, filled: Filled, chunk: Chunk) -> Table | None:
         """The table of a chunk that the GPU is to decode; None for any other."""
@@ -225,10 +225,6 @@ class Landing:
                 f"blob {form.blob} is not what its name says: altered or damaged in the store", key=key
             )
         return form.of(chunk), memoryview(stored)
-
-    def _release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._ring.release(slot)
 
     # --- on the device -----------------------------------------------------------------------------------------------
 

@@ -182,6 +182,16 @@ def view(leaf: Leaf, storage: Any) -> Any:
         raise ManifestError(f"leaf {leaf.path!r} cannot be laid over its buffer: {error}") from error
 
 
+def zeros(dtype: str, shape: tuple[int, ...], device: str) -> Any:
+    """A plain tensor of zeros. Raises ManifestError for a dtype that this torch does not have, RuntimeError as torch does."""
+    found = _dtype_named(dtype)
+    if found is None:
+        raise ManifestError(f"{dtype!r} is a dtype that this torch does not have")
+    import torch
+
+    return torch.zeros(shape, dtype=found, device=device)
+
+
 def finish(leaf: Leaf, tensor: Any) -> Any:
     """``tensor`` as what the leaf was: a Parameter, or a plain tensor, that requires a gradient or does not."""
     import torch

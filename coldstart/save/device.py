@@ -36,6 +36,7 @@ class DeviceChunks:
 
     def __init__(self, gpu: Gpu, largest_bytes: int) -> None:
         """Raises DeviceError where the GPU has no room for the scratch: one chunk, and a little for hashes."""
+        gpu.synchronize()  # what load and the warm-up queued on streams of their own: this one is not ordered behind them
         self.gpu = gpu
         self.stream = Stream(gpu, is_urgent=False)
         weakref.finalize(self, self.stream.end)
