@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
     from coldstart.kernel_caches.packing import Packed
-    from coldstart.manifest import KeyRecord, Segment
+    from coldstart.manifest import KeyRecord, Pool, PoolArray, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
     from coldstart.repository import Repository
     from coldstart.save import Saved, Saving
+    from coldstart.save.device import DeviceChunks, Part
 
 
 class Capture(NamedTuple):
@@ -67,6 +68,9 @@ class Capture(NamedTuple):
     """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
     kernels: Packed | None = None
     """Kernel caches that this start has added; those that the parent has are kept."""
+    pools: tuple[Pool, ...] = ()
+    """Memory beside the state, which is listed and not stored; and which of it are arrays."""
+    pool_arrays: tuple[PoolArray, ...] = ()
 
 
 class Encoding(NamedTuple):
@@ -177,6 +181,8 @@ class _Chunks:
 
     def __init__(self, layout: Layout, sources: Sequence[Source]) -> None:
         self._segments = layout.segments
+        self._largest_bytes = max((extent.length_bytes for extent in layout.chunks), default=0)
+        self._on_device: DeviceChunks | None = None
         self._places: list[list[tuple[int, Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
             if source.item.length_bytes:
@@ -186,13 +192,37 @@ class _Chunks:
 
     def task(self, extent: Extent) -> Task:
         """The chunk, to be saved or looked at again."""
-        segment = self._segments[extent.segment]
-        return Task(
-            extent.segment, segment.item_bytes, extent.length_bytes, is_lasting(segment), partial(self._pieces, extent)
-        )
+        segment, length_bytes = self._segments[extent.segment], extent.length_bytes
+        pieces: Callable[[], Iterator[memoryview]] = partial(self._pieces, extent)
+        raw_hash = None
+        slices = list(self._slices(extent))
+        if slices and all(each.source.on_device is not None for each in slices):
+            parts = [_device_part(extent, each) for each in slices]
+            chunks = self._device_chunks(slices[0].source)
+            pieces, raw_hash = partial(chunks.read, parts, length_bytes), partial(chunks.raw_hash, parts, length_bytes)
+        return Task(extent.segment, segment.item_bytes, length_bytes, is_lasting(segment), pieces, raw_hash)
+
+    def _device_chunks(self, source: Source) -> DeviceChunks:
+        """What reads chunks off the GPU, made with the first of them."""
+        if self._on_device is None:
+            from coldstart.devices.cuda_driver import open_gpu
+            from coldstart.save.device import DeviceChunks
+
+            assert source.on_device is not None
+            self._on_device = DeviceChunks(open_gpu(source.on_device.ordinal), self._largest_bytes)
+        return self._on_device
 
     def _pieces(self, extent: Extent) -> Iterator[memoryview]:
         """The raw bytes of a chunk as they are now: views of live memory, and zeros between them."""
+        position, end = extent.offset_bytes, extent.offset_bytes + extent.length_bytes
+        for each in self._slices(extent):
+            yield from _padding(each.place_bytes - position)
+            yield each.source.read(each.begin, each.end)
+            position = each.place_bytes + each.end - each.begin
+        yield from _padding(end - position)
+
+    def _slices(self, extent: Extent) -> Iterator[_Slice]:
+        """The parts of sources that a chunk is made of, in order."""
         places = self._places[extent.segment]
         position, end = extent.offset_bytes, extent.offset_bytes + extent.length_bytes
         index = max(0, bisect.bisect_right(places, position, key=lambda entry: entry[0]) - 1)
@@ -200,12 +230,26 @@ class _Chunks:
             if offset >= end:
                 break
             begin, stop = max(position, offset), min(end, offset + source.item.length_bytes)
-            if begin >= stop:
-                continue
-            yield from _padding(begin - position)
-            yield source.read(begin - offset, stop - offset)
-            position = stop
-        yield from _padding(end - position)
+            if begin < stop:
+                yield _Slice(source, begin, begin - offset, stop - offset)
+                position = stop
+
+
+class _Slice(NamedTuple):
+    """Bytes ``begin`` to ``end`` of a source, which lie from ``place_bytes`` on in their segment."""
+
+    source: Source
+    place_bytes: int
+    begin: int
+    end: int
+
+
+def _device_part(extent: Extent, each: _Slice) -> Part:
+    from coldstart.save.device import Part
+
+    assert each.source.on_device is not None
+    address = each.source.on_device.address + each.begin
+    return Part(each.place_bytes - extent.offset_bytes, address, each.end - each.begin)
 
 
 def _padding(length_bytes: int) -> Iterator[memoryview]:
@@ -272,7 +316,8 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunk
         leaves=() if survey is None else tuple(found.leaf for found in survey.leaves),
         files=files,
         chunks=chunks,
-        pools=placed.pools if placed is not None else (),
+        pools=capture.pools + (placed.pools if placed is not None else ()),
+        pool_arrays=capture.pool_arrays,
         tree=None if survey is None else survey.tree,
         modules={} if survey is None else dict(survey.modules),
         programs=(to_json(placed.program),) if placed is not None else (),
@@ -282,6 +327,7 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunk
         requires=(),
         signature="",
         extra={},
+        host_segments=_host_segments(capture, layout),
     )
     if capture.parent is None or not is_replaced(capture):
         return with_record(manifest, capture.kernels)
@@ -296,6 +342,13 @@ def _with_kernels(manifest: Manifest, capture: Capture, parent: Manifest) -> Man
     if capture.kernels is not None and capture.kernels.alone:
         return as_addition_to(parent, manifest)
     return manifest if capture.mends else with_kernels_of(manifest, parent)
+
+
+def _host_segments(capture: Capture, layout: Layout) -> tuple[int, ...]:
+    """Named only where the device has memory of its own: on a CPU all segments are the host's."""
+    if capture.device_type == "cpu":
+        return ()
+    return tuple(index for index in range(len(layout.segments)) if index not in layout.device_segments)
 
 
 def _mode(path: str) -> int:

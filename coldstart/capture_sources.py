@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import others, plan
 from coldstart.caches import WEIGHT_SUFFIXES, FileSource
+from coldstart.devices.device_bytes import DeviceBytes
 from coldstart.errors import CaptureError, StateChangedError
 from coldstart.manifest import MAX_ITEM_BYTES, NO_BUFFER
 from coldstart.programs.record import consumer_of
@@ -29,6 +30,8 @@ class Source(NamedTuple):
 
     item: Item
     read: Callable[[int, int], memoryview]
+    on_device: DeviceBytes | None = None
+    """The bytes, where they are in a GPU's memory; ``read`` then copies them out one by one."""
 
 
 def sources_of(capture: Capture) -> list[Source]:
@@ -54,9 +57,16 @@ def _array_sources(capture: Capture) -> list[Source]:
             kind_of(leaf.path, capture.kinds),
             plan.BOTH if index in both else plan.EAGER,
             is_file=False,
+            on_device=isinstance(storage.data, DeviceBytes),
         )
-        sources.append(Source(item, partial(_slice, memoryview(storage.data))))
+        sources.append(_array_source(item, storage.data))
     return sources + _constant_sources(capture)
+
+
+def _array_source(item: Item, data: Any) -> Source:
+    if isinstance(data, DeviceBytes):
+        return Source(item, data.read, data)
+    return Source(item, partial(_slice, memoryview(data)))
 
 
 def _storages_of_both(capture: Capture) -> set[int]:
@@ -82,7 +92,14 @@ def _constant_sources(capture: Capture) -> list[Source]:
     consumer = consumer_of(capture.program.program.id)
     return [
         Source(
-            plan.Item(block.name, len(block.data), block.item_bytes, block.kind, consumer),
+            plan.Item(
+                block.name,
+                len(block.data),
+                block.item_bytes,
+                block.kind,
+                consumer,
+                on_device=capture.device_type != "cpu",
+            ),
             partial(_slice, memoryview(block.data)),
         )
         for block in capture.program.blocks

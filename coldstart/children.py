@@ -31,7 +31,8 @@ _BOOT = "import sys; sys.path += {path!r}; from {module} import main; main()"
 
 _FIRST_FREE_FD = 10
 _LENGTHS = struct.Struct("<II")
-_MOST_DESCRIPTORS = 2
+_MOST_DESCRIPTORS = 6
+"""A ring's five and a queue."""
 _DESCRIPTOR = struct.Struct("@i")
 
 

@@ -102,7 +102,12 @@ SETTINGS: tuple[Setting, ...] = (
         STANDARD,
         "how far a start may go when its snapshot cannot be used",
     ),
-    _setting("device", _DEVICE, "auto", "where the state lives; auto: cpu, the only one in this version"),
+    _setting(
+        "device",
+        _DEVICE,
+        "auto",
+        "where the state lives: cpu, cuda or cuda:<number>; auto: the first GPU that is there, else cpu",
+    ),
     _setting("fresh", kinds.flag(), False, "ignore snapshots at start and make a new one"),
     _setting(
         "progress", kinds.flag(), True, "show a bar while a snapshot is fetched, where standard error is a terminal"
@@ -140,6 +145,12 @@ SETTINGS: tuple[Setting, ...] = (
         kinds.size(1 << 20, 1 << 40),
         192 << 20,
         "memory of a restore or capture beyond the state itself",
+    ),
+    _setting(
+        "pinned_bytes",
+        kinds.size(1 << 20, 1 << 36),
+        256 << 20,
+        "pinned host memory through which a snapshot reaches a GPU",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
     _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
@@ -234,6 +245,7 @@ class Settings(NamedTuple):
     fetch_processes: int
     fetch_threads: int
     memory_budget_bytes: int
+    pinned_bytes: int
     capture: bool
     programs: bool
     kernel_caches: bool

@@ -255,5 +255,6 @@ def restoration_of(
         fresh=settings.fresh,
         recovery=settings.recovery,
         kernels=kernels,
+        ring_bytes=settings.pinned_bytes,
     )
     return Restoration(request, services.bus)

@@ -148,6 +148,19 @@ class Pool(NamedTuple):
     length_bytes: int
 
 
+class PoolArray(NamedTuple):
+    """The array that a pool is, where it is one: in C order, zeros when it is made. ``name`` is the pool's.
+
+    ``paths``: where it sits in the state, as a whole or as views of parts of it; () for one that only code asks for.
+    """
+
+    name: str
+    framework: str
+    dtype: str
+    shape: tuple[int, ...]
+    paths: tuple[str, ...]
+
+
 class KeyRecord(NamedTuple):
     """What a snapshot depends on: the digest of ``parts``, and each part's own digest so that a change can be named."""
 
@@ -185,6 +198,10 @@ class Manifest(NamedTuple):
     signature: str
     extra: Mapping[str, Any]
     """Fields of a newer minor version: kept, written back, otherwise not looked at."""
+    pool_arrays: tuple[PoolArray, ...] = ()
+    """Which pools are arrays. Not written where there are none, and so in no manifest of before there were any."""
+    host_segments: tuple[int, ...] = ()
+    """Of a device with memory of its own: the segments that belong into the host's (files, arrays that were there), rising."""
 
     @property
     def raw_bytes(self) -> int:
@@ -304,12 +321,16 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     """The canonical bytes of a manifest: sorted keys, no spaces, ASCII. The same manifest gives the same bytes."""
     document: dict[str, Any] = manifest._asdict()
     del document["extra"]
+    if not document["host_segments"]:
+        del document["host_segments"]
     document = {**manifest.extra, **document}
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
     for field, table in _TABLES.items():
         document[field] = table.columns(getattr(manifest, field))
-    return _canonical(document)
+    if not document.pop("pool_arrays"):
+        return _canonical(document)
+    return _canonical({**document, "pool_arrays": _POOL_ARRAYS.columns(manifest.pool_arrays)})
 
 
 def ref_to_json(ref: Ref) -> bytes:
@@ -367,6 +388,8 @@ def manifest_from_json(data: bytes) -> Manifest:
         warmup_digests=tuple(fields.texts("warmup_digests")),
         requires=tuple(requires),
         signature=fields.text("signature"),
+        pool_arrays=_pool_arrays(fields),
+        host_segments=_host_segments(fields, len(tables["segments"])),
         extra=fields.rest(),
         **tables,
     )
@@ -440,6 +463,15 @@ def _history(fields: _Fields, name: str, *, below: int) -> tuple[Published, ...]
     return tuple(found)
 
 
+def _host_segments(fields: _Fields, count: int) -> tuple[int, ...]:
+    if "host_segments" not in fields.document:
+        return ()
+    found: list[Any] = fields.take("host_segments", list)
+    if not _counts(found) or found != sorted(set(found)) or (found and found[-1] >= count):
+        raise ManifestError(f"{fields.what}.host_segments must be rising indices of its segments")
+    return tuple(found)
+
+
 def _parse(data: bytes, limit_bytes: int, what: str) -> dict[str, Any]:
     if len(data) > limit_bytes:
         raise ManifestError(f"the {what} has {len(data)} bytes, more than the {limit_bytes} that the format allows")
@@ -481,6 +513,13 @@ def _check_depth(values: list[Any]) -> None:
         if not values:
             return
     raise ManifestError(f"the manifest nests deeper than {MAX_DEPTH} levels")
+
+
+def _pool_arrays(fields: _Fields) -> tuple[PoolArray, ...]:
+    if "pool_arrays" not in fields.document:
+        return ()
+    rows = _POOL_ARRAYS.rows(fields.take("pool_arrays", dict), "pool_arrays")
+    return tuple(row._replace(paths=tuple(row.paths)) for row in rows)
 
 
 def _check_version(fields: _Fields) -> None:
@@ -618,6 +657,10 @@ def _is_parameters(parameters: dict[str, Any]) -> bool:
     return len(parameters) <= MAX_DIMENSIONS and _counts(numbers) and _texts([*parameters, *texts])
 
 
+def _text_lists(column: list[Any]) -> bool:
+    return set(map(type, column)) <= {list} and _texts(list(chain.from_iterable(column)))
+
+
 def _shapes(column: list[Any]) -> bool:
     return (
         set(map(type, column)) <= {list}
@@ -708,6 +751,11 @@ _TABLES: Mapping[str, _Table] = {
     ),
     "pools": _Table(Pool, MAX_BUFFERS, {"name": _texts, "kind": _texts, "length_bytes": _counts}),
 }
+_POOL_ARRAYS = _Table(
+    PoolArray,
+    MAX_BUFFERS,
+    {"name": _texts, "framework": _texts, "dtype": _texts, "shape": _shapes, "paths": _text_lists},
+)
 
 
 def _check_segments(manifest: Manifest) -> None:
@@ -841,3 +889,18 @@ def _check_pools(manifest: Manifest) -> None:
         raise ManifestError("a pool is of an unknown kind")
     if sum(pool.length_bytes for pool in manifest.pools) > MAX_TOTAL_BYTES:
         raise ManifestError(f"the manifest's pools have more than the {MAX_TOTAL_BYTES} bytes allowed")
+    _check_pool_arrays(manifest)
+
+
+def _check_pool_arrays(manifest: Manifest) -> None:
+    lengths = {pool.name: pool.length_bytes for pool in manifest.pools}
+    names = [array.name for array in manifest.pool_arrays]
+    if len(set(names)) != len(names) or not set(names) <= set(lengths):
+        raise ManifestError("an array of a pool is there twice, or without its pool")
+    for array in manifest.pool_arrays:
+        items = math.prod(array.shape)
+        if not 0 < items <= lengths[array.name] or lengths[array.name] > items * MAX_ITEM_BYTES:
+            raise ManifestError(f"pool {array.name!r} of {lengths[array.name]} bytes has the shape {array.shape}")
+    paths = [path for array in manifest.pool_arrays for path in array.paths]
+    if len(set(paths)) != len(paths) or not set(paths).isdisjoint(leaf.path for leaf in manifest.leaves):
+        raise ManifestError("two arrays of the state have the same path, and one of them is a pool's")

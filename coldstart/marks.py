@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from coldstart.capture_sources import kind_of
+from coldstart.devices.device_bytes import DeviceBytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,4 +48,8 @@ def changed_paths(survey: Survey, marks: Mapping[str, Any], kinds: Mapping[str, 
 def _hash(data: Any) -> str:
     from blake3 import blake3
 
+    if isinstance(data, DeviceBytes):
+        from coldstart.devices.cuda_hashes import hash_of_device
+
+        return hash_of_device(data)
     return str(blake3(data).hexdigest())

@@ -43,6 +43,8 @@ def with_programs_of(manifest: Manifest, parent: Manifest, identity: str) -> Man
         + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
         pools=manifest.pools + tuple(pool for pool in parent.pools if pool.name in pools),
         programs=manifest.programs + tuple(map(to_json, kept)),
+        host_segments=manifest.host_segments
+        + tuple(sorted(places[index] for index in parent.host_segments if index in places)),
     )
 
 

@@ -17,18 +17,31 @@ if TYPE_CHECKING:
     from coldstart.loops import Loops
     from coldstart.metrics import Timeline
     from coldstart.part import Part
+    from coldstart.pools import Pools
 
 
 class Loader:
-    """Loads the parts of one handler. ``make_context``: a context as ``load`` expects it, without restored files."""
+    """Loads the parts of one handler. ``make_context``: a context as ``load`` expects it, without restored files.
+
+    ``gpu``: the number of the GPU that the state may be on, -1 for none.
+    """
 
     def __init__(
-        self, definition: Definition, timeline: Timeline, loops: Loops, make_context: Callable[[], Context]
+        self,
+        definition: Definition,
+        timeline: Timeline,
+        loops: Loops,
+        make_context: Callable[[], Context],
+        pools: Pools,
+        *,
+        gpu: int,
     ) -> None:
         self._definition = definition
         self._timeline = timeline
         self._loops = loops
         self._make_context = make_context
+        self._pools = pools
+        self._gpu = gpu
         self._records_opens = False
 
     def load(self, part: Part, *, wants_capture: bool) -> Any:
@@ -58,7 +71,8 @@ class Loader:
         """Look through a state for a capture; where it cannot be captured, the part's ``obstacle`` says why."""
         with self._timeline.span("survey"):
             try:
-                found = survey(subject(self._definition, state))
+                found = survey(subject(self._definition, state), gpu=self._gpu)
+                found, part.pool_paths = self._pools.without(found)
             except UncapturableError as error:
                 part.obstacle = str(error)
                 return

@@ -43,6 +43,8 @@ class Item(NamedTuple):
     kind: str
     consumer: str = EAGER
     is_file: bool = False
+    on_device: bool = False
+    """Whether it belongs into the memory of a device that has its own."""
 
 
 class Place(NamedTuple):
@@ -66,6 +68,8 @@ class Layout(NamedTuple):
     segments: tuple[Segment, ...]
     places: tuple[Place, ...]
     chunks: tuple[Extent, ...]
+    device_segments: frozenset[int] = frozenset()
+    """Segments of items that belong onto a device; the others are the host's."""
 
 
 def file_item_name(root: str, name: str) -> str:
@@ -84,7 +88,7 @@ def layout(items: Sequence[Item], *, parent: Manifest | None = None) -> Layout:
     Items that ``parent`` has lie in the parent's order, new ones behind them in the order given.
     """
     target_bytes = _chunk_bytes(items, parent)
-    groups: dict[tuple[int, str, str], list[int]] = {}
+    groups: dict[tuple[int, str, str, bool], list[int]] = {}
     for index in _parents_order(items, parent):
         groups.setdefault(_group(items[index]), []).append(index)
     places = [Place(0, 0)] * len(items)
@@ -96,9 +100,10 @@ def layout(items: Sequence[Item], *, parent: Manifest | None = None) -> Layout:
         for index in tiny_last:
             places[index] = Place(number, length_bytes)
             length_bytes += _padded(items[index].length_bytes)
-        segments.append(Segment(*group, length_bytes=length_bytes))
+        segments.append(Segment(*group[:3], length_bytes=length_bytes))
         chunks += _extents(number, [items[index] for index in tiny_last], target_bytes)
-    return Layout(tuple(segments), tuple(places), tuple(chunks))
+    on_device = frozenset(number for number, group in enumerate(groups) if group[3])
+    return Layout(tuple(segments), tuple(places), tuple(chunks), on_device)
 
 
 def known_chunks(parent: Manifest) -> Mapping[tuple[str, int, int], Chunk]:
@@ -167,8 +172,10 @@ def _is_tiny(item: Item) -> bool:
     return item.length_bytes <= TINY_BYTES
 
 
-def _group(item: Item) -> tuple[int, str, str]:
-    return (1, "other", item.consumer) if item.is_file else (item.item_bytes, item.kind, item.consumer)
+def _group(item: Item) -> tuple[int, str, str, bool]:
+    if item.is_file:
+        return (1, "other", item.consumer, False)
+    return (item.item_bytes, item.kind, item.consumer, item.on_device)
 
 
 def _chunk_bytes(items: Sequence[Item], parent: Manifest | None) -> int:

@@ -30,7 +30,9 @@ from coldstart.errors import (
     StoreTransientError,
 )
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
+from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
+from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
 from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
@@ -44,7 +46,7 @@ from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
 from coldstart.segments import map_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.ahead import LookAhead
@@ -83,6 +85,8 @@ class Request(NamedTuple):
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
     kernels: Kernels | None = None
     """Where this process keeps compiled kernels, and which of the snapshot it may take."""
+    ring_bytes: int = RING_BYTES
+    """Pinned host memory through which chunks reach a device with memory of its own."""
     recovery: str = "standard"
     """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
 
@@ -149,6 +153,12 @@ class Restoration:
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
         self._is_on_timeline = False
+        self._way: RingWay | None = None
+        if request.device.has_own_memory:
+            from coldstart.fetch.landing import device_codecs
+
+            request.device.prepare()
+            self._way = RingWay(request.ring_bytes, device_codecs())
         self._ahead = self._look_ahead()
         self._under_way: Fetch | None = None
         self._thread = threading.Thread(target=self._run, name=f"coldstart-restore-{request.name}", daemon=True)
@@ -332,7 +342,7 @@ class Restoration:
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
         request = self.request
-        if request.pinned:
+        if request.pinned or request.device.has_own_memory:
             return None
         return map_segments(
             manifest,
@@ -346,24 +356,46 @@ class Restoration:
     def _fetched(self, repository: Repository, manifest: Manifest, key: str) -> tuple[Arena, FetchReport]:
         request = self.request
         arena = self._arena(manifest, key)
-        fetch = self._under_way = self._begin(
-            FetchRequest(
-                manifest,
-                repository.store,
-                arena,
-                request.threads,
-                request.budget_bytes,
-                verify_raw=bool(request.pinned),
-                address=request.address,
-                progress=self._progressed,
-                processes=request.processes,
-            ),
-            key,
+        wanted = FetchRequest(
+            manifest,
+            repository.store,
+            arena,
+            request.threads,
+            request.budget_bytes,
+            verify_raw=bool(request.pinned),
+            address=request.address,
+            progress=self._progressed,
+            processes=request.processes,
         )
+        if self._way is None:
+            return arena, self._waited_for(self._begin(wanted, key))
+        return arena, self._landed(wanted, key, self._way)
+
+    def _landed(self, wanted: FetchRequest, key: str, way: RingWay) -> FetchReport:
+        """Fetch by way of a ring, from which chunks are copied to the device as they come."""
+        from coldstart.fetch.landing import land
+
+        ring = None if self._ahead is None else self._ahead.ring(key)
+        ring = ring or Ring.make(*shape_of(wanted.manifest, way.ring_bytes))
+        wanted = wanted._replace(ring=ring, device_codecs=way.device_codecs)
+        landing = land(wanted, ring)
+        try:
+            fetch = self._begin(wanted._replace(arena=None), key)
+            report = self._waited_for(fetch)
+            landing.wait()
+        except ColdstartError as error:
+            raise landing.error or error from None  # what stopped the landing is why the fetch was stopped
+        finally:
+            landing.cancel()
+            ring.close()
+        return report._replace(degraded=(*report.degraded, *landing.degraded))
+
+    def _waited_for(self, fetch: Fetch) -> FetchReport:
+        self._under_way = fetch
         if self._cancelled.is_set():
             fetch.cancel()
         try:
-            return arena, fetch.wait()
+            return fetch.wait()
         except MemoryError as error:
             raise DeviceError("there is too little memory for fetching the snapshot: give the worker more") from error
         finally:
@@ -373,7 +405,9 @@ class Restoration:
         """Memory for the segments: that which is being filled already, if there is one."""
         lengths = [segment.length_bytes for segment in manifest.segments]
         filling = None if self._ahead is None else self._ahead.arena_fd(key)
-        return self.request.device.allocate(lengths) if filling is None else self.request.device.adopt(filling, lengths)
+        if filling is not None:
+            return self.request.device.adopt(filling, lengths)
+        return self.request.device.allocate(lengths, host_segments=manifest.host_segments)
 
     def _degrade(self, reason: str) -> None:
         self._bus.publish(events.StoreDegraded(self.request.name, reason))
@@ -381,16 +415,21 @@ class Restoration:
     def _look_ahead(self) -> LookAhead | None:
         """Spawn the fetcher at once, by whoever begins: a thread of ours would wait for the imports at every file it opens."""
         request = self.request
-        if request.device.type != "cpu" or request.pinned or request.fresh:
+        if request.pinned or request.fresh:
             return None
         url = request.address.url if request.address else ""
         if Quarantine(request.files_folder, url).has_notes(request.name):
             return None  # a fetcher would begin with the current generation, which may not be the one to begin with
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)
-        kernels = request.kernels_consumer
         return look_ahead(
-            request.address, wanted, bounds, engine=request.engine, programs=request.programs, kernels=kernels
+            request.address,
+            wanted,
+            bounds,
+            engine=request.engine,
+            programs=request.programs,
+            kernels=request.kernels_consumer,
+            way=self._way,
         )
 
     def _read_ahead(self, key: str) -> StoredObject | None:
@@ -439,10 +478,13 @@ def bind_arrays(restored: Restored, skeleton: Any, *, besides: tuple[str, ...] =
     return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored), besides=besides)
 
 
-def rebuild_tree(restored: Restored) -> Any:
-    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError."""
+def rebuild_tree(restored: Restored, besides: Mapping[str, Any] | None = None) -> Any:
+    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError.
+
+    ``besides``: arrays by their paths that the snapshot has no bytes of.
+    """
     found = arrays(restored.manifest.leaves, _buffer_array(restored))
-    return rebuild(restored.manifest.tree, found)
+    return rebuild(restored.manifest.tree, {**found, **(besides or {})})
 
 
 def _buffer_array(restored: Restored) -> Callable[[int], Any]:

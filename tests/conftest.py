@@ -19,9 +19,12 @@ import hypothesis
 import pytest
 
 from coldstart.stores import StoreOptions
+from tests.fake_gpu.fixtures import fake_gpu_folder, own_gpu_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+__all__ = ["fake_gpu_folder", "own_gpu_folder"]
 
 # Machines that run tests are shared: how long an example takes says nothing about it.
 hypothesis.settings.register_profile("coldstart", deadline=None)

@@ -28,6 +28,7 @@ from coldstart.manifest import (
     Leaf,
     Manifest,
     Pool,
+    PoolArray,
     Published,
     Ref,
     Segment,
@@ -116,6 +117,8 @@ MANIFEST = Manifest(
     extra={"extra": {"a": [1]}, "note": "of a newer minor version"},
 )
 
+POOL_ARRAY = PoolArray("kv", "torch", "bfloat16", (2, 1 << 31), ("cache", "layers[0].keys"))
+
 REF = Ref(
     name="minilm",
     key=KEY,
@@ -164,6 +167,15 @@ def test_manifest_golden_bytes():
     golden = (GOLDEN / "manifest-v1.json").read_bytes()
     assert manifest_to_json(MANIFEST) == golden
     assert manifest_from_json(golden) == MANIFEST
+
+
+def test_pool_arrays_golden_bytes():
+    """A manifest with arrays of pools has these bytes, and one without has those of before there were any."""
+    golden = (GOLDEN / "manifest-v1-pools.json").read_bytes()
+    pooled = MANIFEST._replace(pool_arrays=(POOL_ARRAY,))
+    assert manifest_to_json(pooled) == golden
+    assert manifest_from_json(golden) == pooled
+    assert set(json.loads(golden)) - set(json.loads(manifest_to_json(MANIFEST))) == {"pool_arrays"}
 
 
 def test_ref_golden_bytes():
@@ -373,6 +385,8 @@ def test_unknown_requirements_are_refused():
         manifest_from_json(spoil(DOCUMENT, "requires", ["sparse"]))
 
 
+POOLED = json.loads(manifest_to_json(MANIFEST._replace(pool_arrays=(POOL_ARRAY,))))
+
 HOSTILE_MANIFESTS = {
     "cut off": manifest_to_json(MANIFEST)[:-100],
     "a ref": ref_to_json(REF),
@@ -389,6 +403,15 @@ HOSTILE_MANIFESTS = {
     "a column too many": spoil(DOCUMENT, "pools.colour", ["red"]),
     "a column that is no list": spoil(DOCUMENT, "pools.name", {"0": "kv"}),
     "rows for columns": spoil(DOCUMENT, "pools", [{"name": "kv", "kind": "kv_cache", "length_bytes": 1}]),
+    "array of no pool": spoil(POOLED, "pool_arrays.name.0", "absent"),
+    "array of a pool twice": manifest_to_json(MANIFEST._replace(pool_arrays=(POOL_ARRAY, POOL_ARRAY))),
+    "pool array larger than its pool": spoil(POOLED, "pool_arrays.shape.0", [1 << 34]),
+    "pool array of few items": spoil(POOLED, "pool_arrays.shape.0", [8]),
+    "pool array of no items": spoil(POOLED, "pool_arrays.shape.0", [0]),
+    "pool array where a leaf is": spoil(POOLED, "pool_arrays.paths.0", ["model.embed.weight"]),
+    "pool array with one path twice": spoil(POOLED, "pool_arrays.paths.0", ["a", "a"]),
+    "paths that are no list": spoil(POOLED, "pool_arrays.paths.0", "cache"),
+    "pool arrays that are a list": spoil(POOLED, "pool_arrays", []),
     "chunks with a hole": lose(DOCUMENT, "chunks", row=0),
     "chunks that stop early": lose(DOCUMENT, "chunks", row=3),
     "chunks that overlap": spoil(DOCUMENT, "chunks.offset_bytes.1", 1023),

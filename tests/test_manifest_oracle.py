@@ -23,6 +23,7 @@ from coldstart.manifest import (
     Leaf,
     Manifest,
     Pool,
+    PoolArray,
     Segment,
     manifest_from_json,
     manifest_to_json,
@@ -141,6 +142,14 @@ class Pools(Table):
     length_bytes: list[Count]
 
 
+class PoolArrays(Table):
+    name: list[Text]
+    framework: list[Text]
+    dtype: list[Text]
+    shape: list[Shape]
+    paths: list[list[Text]]
+
+
 class Version(BaseModel):
     model_config = ConfigDict(strict=True)
     major: Annotated[int, Field(ge=1, le=1)]
@@ -179,6 +188,7 @@ class Oracle(BaseModel):
     warmup_digests: list[Text] = Field(max_length=4096)
     requires: list[Text] = Field(max_length=0)
     signature: Text
+    pool_arrays: PoolArrays = PoolArrays(name=[], framework=[], dtype=[], shape=[], paths=[])
 
     @model_validator(mode="after")
     def whole(self):
@@ -193,6 +203,7 @@ class Oracle(BaseModel):
         check_files(self.files.rows())
         assert len(set(self.pools.name)) == len(self.pools.name)
         assert sum(self.pools.length_bytes) <= 4 * TEBIBYTE
+        check_pool_arrays(self.pool_arrays.rows(), self.pools.rows(), self.leaves.path)
         return self
 
 
@@ -290,6 +301,17 @@ def check_leaves(leaves: list[dict], buffer_lengths: list[int]) -> None:
             assert all(original[field] == leaf[field] for field in leaf if field not in ("path", "role", "same_as"))
 
 
+def check_pool_arrays(arrays: list[dict], pools: list[dict], leaf_paths: list[str]) -> None:
+    """Each is one pool's, of items that the pool has room for, at places of the state where nothing else is."""
+    assert len({array["name"] for array in arrays}) == len(arrays)
+    for array in arrays:
+        (pool,) = [pool for pool in pools if pool["name"] == array["name"]]
+        items = math.prod(array["shape"])
+        assert 1 <= items <= pool["length_bytes"] <= 64 * items
+    paths = [path for array in arrays for path in array["paths"]]
+    assert len({*paths, *leaf_paths}) == len(paths) + len(leaf_paths)
+
+
 def check_files(files: list[dict]) -> None:
     """File names are clean, and none is the folder of another."""
     names = [(entry["root"], entry["name"]) for entry in files]
@@ -364,7 +386,7 @@ def manifests(draw) -> Manifest:
         leaves=tuple(leaves),
         files=tuple(files),
         chunks=tuple(chunks),
-        pools=tuple(Pool(f"p{number}", "other", number) for number in range(draw(st.integers(0, 2)))),
+        pools=tuple(Pool(f"p{number}", "other", number) for number in range(draw(st.integers(2, 3)))),
         tree=draw(st.none() | st.dictionaries(texts, st.lists(st.integers() | texts, max_size=2), max_size=2)),
         modules=draw(st.dictionaries(texts, st.booleans(), max_size=2)),
         programs=tuple(draw(st.lists(st.dictionaries(texts, texts, max_size=2), max_size=2))),
@@ -374,6 +396,7 @@ def manifests(draw) -> Manifest:
         requires=(),
         signature=draw(texts),
         extra=draw(st.dictionaries(texts.map("x-{}".format), texts, max_size=2)),
+        pool_arrays=draw(st.sampled_from([(), (PoolArray("p1", "torch", "int8", (1,), ("cache",)),)])),
     )
 
 

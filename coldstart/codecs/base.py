@@ -34,3 +34,12 @@ class Codec(ABC):
 
         Raises CodecError when the frame is malformed or does not give exactly ``len(target)`` bytes.
         """
+
+    def check(
+        self, stored: memoryview, raw_bytes: int, *, item_bytes: int, parameters: Mapping[str, int | str]
+    ) -> None:
+        """Raise CodecError where the stored form claims another size than ``raw_bytes``: for who decodes on a device.
+
+        Only codecs that a device decodes have something to say here.
+        """
+        del stored, raw_bytes, item_bytes, parameters

@@ -19,10 +19,10 @@ from __future__ import annotations
 import struct
 import sys
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.codecs.base import Codec
-from coldstart.codecs.zstd import decode_frame, encode_frame
+from coldstart.codecs.zstd import check_frame, decode_frame, encode_frame
 from coldstart.codecs.zstd import zstandard_package as zstandard
 from coldstart.errors import CodecError
 
@@ -37,12 +37,50 @@ _LARGEST_WORTHWHILE_PART = 0.95
 """Stored over raw bytes above which a block is stored as it is: decoding it would cost more than it saves."""
 
 
+class Block(NamedTuple):
+    """A block of a plane: where it begins in the stored form, its stored length, and its raw length."""
+
+    offset_bytes: int
+    stored_bytes: int
+    raw_bytes: int
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether it is a zstd frame, and not stored as it is."""
+        return self.stored_bytes != self.raw_bytes
+
+
+class Planes(NamedTuple):
+    """How a chunk is stored: ``blocks`` plane after plane, ``block_count`` of each; ``tail_offset_bytes`` is their end."""
+
+    block_bytes: int
+    block_count: int
+    blocks: tuple[Block, ...]
+    tail_offset_bytes: int
+
+
+def planes_of(stored: memoryview, raw_bytes: int, *, item_bytes: int, parameters: Mapping[str, int | str]) -> Planes:
+    """Read the table of a stored chunk. Raises CodecError unless its blocks and tail are all of it and give ``raw_bytes``."""
+    block_bytes = parameters.get("block_bytes")
+    if type(block_bytes) is not int or block_bytes < 1:
+        raise CodecError(f"a chunk of planes says its blocks have {block_bytes!r} bytes")
+    plane_bytes = raw_bytes // item_bytes
+    sizes = [min(block_bytes, plane_bytes - begin) for begin in range(0, plane_bytes, block_bytes)] * item_bytes
+    lengths, position = _table(stored, len(sizes))
+    ends = list(accumulate(lengths, initial=position))
+    tail_bytes = raw_bytes - plane_bytes * item_bytes
+    if len(stored) - ends[-1] != tail_bytes:
+        raise CodecError(f"a chunk of planes of {ends[-1] + tail_bytes} bytes is stored in {len(stored)}")
+    return Planes(block_bytes, len(sizes) // item_bytes, tuple(map(Block, ends, lengths, sizes)), ends[-1])
+
+
 class PlanesCodec(Codec):
     """Byte planes, each block of which is a zstd frame or stored. For items of one byte there is but one plane."""
 
     id = "planes+zstd"
 
-    def __init__(self) -> None:
+    def __init__(self, *, block_bytes: int = BLOCK_BYTES) -> None:
+        self._block_bytes = block_bytes
         zstandard()
 
     def encode(self, raw: memoryview, *, item_bytes: int) -> tuple[bytes, Mapping[str, int | str]]:
@@ -55,10 +93,12 @@ class PlanesCodec(Codec):
         blocks = [
             block
             for plane in range(item_bytes)
-            for block in _encoded_plane(np.ascontiguousarray(items[plane:whole:item_bytes]), compressor)
+            for block in _encoded_plane(
+                np.ascontiguousarray(items[plane:whole:item_bytes]), self._block_bytes, compressor
+            )
         ]
         table = struct.pack(f"<{len(blocks)}I", *map(len, blocks))
-        return b"".join([table, *blocks, bytes(raw[whole:])]), {"block_bytes": BLOCK_BYTES}
+        return b"".join([table, *blocks, bytes(raw[whole:])]), {"block_bytes": self._block_bytes}
 
     def decode(
         self, stored: memoryview, target: memoryview, *, item_bytes: int, parameters: Mapping[str, int | str]
@@ -66,36 +106,42 @@ class PlanesCodec(Codec):
         """Fill ``target``, block by block. Raises CodecError unless every block gives exactly what it has to."""
         import numpy as np
 
-        block_bytes = parameters.get("block_bytes")
-        if type(block_bytes) is not int or block_bytes < 1:
-            raise CodecError(f"a chunk of planes says its blocks have {block_bytes!r} bytes")
+        planes = planes_of(stored, len(target), item_bytes=item_bytes, parameters=parameters)
         plane_bytes = len(target) // item_bytes
-        whole = plane_bytes * item_bytes
-        block_count = len(range(0, plane_bytes, block_bytes))
-        lengths, position = _table(stored, item_bytes * block_count)
-        ends = list(accumulate(lengths, initial=position))
-        if len(stored) - ends[-1] != len(target) - whole:
-            raise CodecError(f"a chunk of planes of {ends[-1] + len(target) - whole} bytes is stored in {len(stored)}")
-        rooms = [memoryview(bytearray(min(block_bytes, plane_bytes))) for _ in range(item_bytes)]
-        scratch = np.empty(min(block_bytes, plane_bytes), np.uint16)
+        room_bytes = min(planes.block_bytes, plane_bytes)
+        rooms = [memoryview(bytearray(room_bytes)) for _ in range(item_bytes)]
+        scratch = np.empty(room_bytes, np.uint16)
         items = np.frombuffer(target, np.uint8)
-        for number, begin in enumerate(range(0, plane_bytes, block_bytes)):
-            end = min(begin + block_bytes, plane_bytes)
-            blocks = []
-            for plane, room in enumerate(rooms):
-                index = plane * block_count + number
-                blocks.append(_decoded(stored[ends[index] : ends[index + 1]], room[: end - begin]))
-            place = items[begin * item_bytes : end * item_bytes]
-            _merge([np.frombuffer(block, np.uint8) for block in blocks], place, scratch[: end - begin])
-        target[whole:] = stored[ends[-1] :]
+        begin = 0
+        for number in range(planes.block_count):
+            blocks = planes.blocks[number :: planes.block_count]
+            size_bytes = blocks[0].raw_bytes
+            decoded = [_decoded(stored, block, room) for block, room in zip(blocks, rooms, strict=True)]
+            place = items[begin * item_bytes : (begin + size_bytes) * item_bytes]
+            _merge([np.frombuffer(each, np.uint8) for each in decoded], place, scratch[:size_bytes])
+            begin += size_bytes
+        target[plane_bytes * item_bytes :] = stored[planes.tail_offset_bytes :]
+
+    def check(
+        self, stored: memoryview, raw_bytes: int, *, item_bytes: int, parameters: Mapping[str, int | str]
+    ) -> None:
+        """Raise CodecError unless the table and every frame claim just what they have to give."""
+        planes = planes_of(stored, raw_bytes, item_bytes=item_bytes, parameters=parameters)
+        for block in planes.blocks:
+            if block.is_frame:
+                check_frame(_stored_block(stored, block), block.raw_bytes)
 
 
-def _decoded(block: memoryview, room: memoryview) -> memoryview:
-    """The bytes of a block of ``len(room)`` bytes: the block itself if it is stored as it is, else decoded in ``room``."""
-    if len(block) == len(room):
-        return block
-    decode_frame(block, room)
-    return room
+def _stored_block(stored: memoryview, block: Block) -> memoryview:
+    return stored[block.offset_bytes : block.offset_bytes + block.stored_bytes]
+
+
+def _decoded(stored: memoryview, block: Block, room: memoryview) -> memoryview:
+    """The raw bytes of a block: the block itself if it is stored as it is, else decoded in ``room``."""
+    if not block.is_frame:
+        return _stored_block(stored, block)
+    decode_frame(_stored_block(stored, block), room[: block.raw_bytes])
+    return room[: block.raw_bytes]
 
 
 def _merge(planes: list[Any], target: Any, scratch: Any) -> None:
@@ -131,9 +177,9 @@ def _compressor() -> Any:
     return library.ZstdCompressor(compression_params=parameters)
 
 
-def _encoded_plane(plane: Any, compressor: Any) -> Iterator[Any]:
+def _encoded_plane(plane: Any, block_bytes: int, compressor: Any) -> Iterator[Any]:
     """The blocks of a plane. Where neither its first nor its middle one shrinks, no other is tried: it is noise."""
-    blocks = [memoryview(plane[begin : begin + BLOCK_BYTES]) for begin in range(0, len(plane), BLOCK_BYTES)]
+    blocks = [memoryview(plane[begin : begin + block_bytes]) for begin in range(0, len(plane), block_bytes)]
     probes = {index: _encoded(blocks[index], compressor) for index in {0, len(blocks) // 2} if blocks}
     shrinks = any(len(stored) < len(blocks[index]) for index, stored in probes.items())
     for index, block in enumerate(blocks):

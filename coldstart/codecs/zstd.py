@@ -54,6 +54,15 @@ def encode_frame(raw: memoryview, compressor: Any) -> bytes:
     return frame
 
 
+def check_frame(stored: memoryview, raw_bytes: int) -> None:
+    """Raise CodecError unless ``stored`` claims to be exactly one frame of ``raw_bytes`` bytes; nothing is decoded."""
+    zstandard = zstandard_package()
+    try:
+        _check_frame(zstandard, stored, raw_bytes)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"a zstd frame is damaged: {error}") from error
+
+
 def decode_frame(stored: memoryview, target: memoryview) -> None:
     """Fill ``target`` from ``stored``, which must be exactly one frame of ``len(target)`` bytes; else CodecError.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from coldstart.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 
 class DeviceInfo(NamedTuple):
@@ -90,14 +90,38 @@ class Device(ABC):
 
     type: str
     """``cpu`` or ``cuda``: part of a snapshot's key."""
+    has_own_memory: bool = False
+    """Whether its memory is not the host's: chunks then reach it by way of a ring (``fetch.ring``)."""
+
+    ordinal: int = -1
+    """The number of the GPU that it is, counted among those that the process may use; -1: it is none."""
+
+    @property
+    def label(self) -> str:
+        """What frameworks call it."""
+        return self.type
+
+    def prepare(self) -> None:  # noqa: B027
+        """Begin whatever takes long until the device can be used, without waiting for it. What fails shows in its use."""
 
     @abstractmethod
     def info(self) -> DeviceInfo:
         """What the device is, and its memory. Raises DeviceError."""
 
     @abstractmethod
-    def allocate(self, segment_bytes: Sequence[int]) -> Arena:
-        """Memory for segments of these sizes. Raises DeviceError with what was asked and what is free."""
+    def allocate(self, segment_bytes: Sequence[int], *, host_segments: Collection[int] = ()) -> Arena:
+        """Memory for segments of these sizes. Raises DeviceError with what was asked and what is free.
+
+        ``host_segments``: indices of those that belong into host memory, whatever the device.
+        """
+
+    def zeros(self, length_bytes: int) -> Any:
+        """Bytes of no arena, like those of ``Arena.array``: zeros, and really there. Raises DeviceError, MemoryError."""
+        import numpy as np
+
+        made = np.empty(length_bytes, np.uint8)
+        made.fill(0)
+        return made
 
     def adopt(self, memory_file: int, segment_bytes: Sequence[int]) -> Arena:
         """An arena of segments of these sizes over a memory file that another process lays out as ``allocate`` would.

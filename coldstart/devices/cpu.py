@@ -36,7 +36,7 @@ from coldstart.devices.base import Arena, Device, DeviceInfo, MappedFile
 from coldstart.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 MARGIN_BYTES = 64 << 20
 """Memory that an arena leaves free for the rest of the process."""
@@ -58,7 +58,7 @@ class CpuDevice(Device):
         memory = _memory(self._read_text)
         return DeviceInfo(self.type, _processor(self._read_text), memory.limit_bytes, memory.free_bytes)
 
-    def allocate(self, segment_bytes: Sequence[int]) -> CpuArena:
+    def allocate(self, segment_bytes: Sequence[int], *, host_segments: Collection[int] = ()) -> CpuArena:  # noqa: ARG002
         """Memory for segments of these sizes, zeroed. Raises DeviceError with what was asked and what is free."""
         asked_bytes = sum(segment_bytes)
         memory = _memory(self._read_text)

@@ -19,30 +19,38 @@ from typing import TYPE_CHECKING, NamedTuple
 from coldstart.children import can_spawn, error_of
 from coldstart.errors import SnapshotError, StoreTransientError
 from coldstart.fetch.process import Fetcher, can_share, start_with
+from coldstart.fetch.ring import Ring, RingFiles
 from coldstart.stores.base import StoredObject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from coldstart.children import Message
-    from coldstart.fetch.base import Address, Fetch, FetchRequest
+    from coldstart.fetch.base import Address, Fetch, FetchRequest, RingWay
     from coldstart.fetch.crew import Bounds
 
 
 class Filling(NamedTuple):
-    """What a fetcher is filling already: the arena's memory file, and the queue of its chunks."""
+    """What a fetcher is filling already: the arena's memory file or a ring of some shape, and the queue of its chunks."""
 
-    arena_fd: int
+    files: tuple[int, ...]
     queue_fd: int
+    ring_shape: tuple[int, int] | None
+    """The bytes of a slot and the number of slots; None: the arena itself is filled."""
 
 
 def begin(
-    address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str] = (), kernels: str = ""
+    address: Address,
+    ref_key: str,
+    bounds: Bounds,
+    programs: Sequence[str] = (),
+    kernels: str = "",
+    way: RingWay | None = None,
 ) -> LookAhead | None:
     """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had.
 
     ``programs`` are the ids that this start accepts, ``kernels`` the consumer of its kernel caches: what only others need is
-    not fetched.
+    not fetched. ``way``: to a device of its own.
     """
     if not can_spawn():
         return None
@@ -50,7 +58,14 @@ def begin(
         fetcher = Fetcher()
     except OSError:
         return None  # whoever fetches will see it again, and say so
-    wanted = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs), "kernels": kernels}
+    wanted: dict[str, object] = {
+        "ref_key": ref_key,
+        "bounds": list(bounds),
+        "programs": list(programs),
+        "kernels": kernels,
+    }
+    if way is not None:
+        wanted |= {"ring_bytes": way.ring_bytes, "device_codecs": list(way.device_codecs)}
     fetcher.tell({"url": address.url, "options": address.options._asdict(), **wanted})
     return LookAhead(fetcher)
 
@@ -80,9 +95,17 @@ class LookAhead:
 
     def arena_fd(self, manifest_key: str) -> int | None:
         """The memory file that is being filled with this manifest, for the caller to keep or close; None: none is."""
-        if self._filling is None or manifest_key != self._manifest_key:
+        filling = self._filling
+        if filling is None or manifest_key != self._manifest_key or filling.ring_shape is not None:
             return None
-        return os.dup(self._filling.arena_fd)
+        return os.dup(filling.files[0])
+
+    def ring(self, manifest_key: str) -> Ring | None:
+        """The ring that is being filled with this manifest, the caller's from now on; None: none is. Raises DeviceError."""
+        filling = self._filling
+        if filling is None or manifest_key != self._manifest_key or filling.ring_shape is None:
+            return None
+        return Ring(RingFiles(*map(os.dup, filling.files)), *filling.ring_shape)
 
     def fetch(self, request: FetchRequest, manifest_key: str) -> Fetch | None:
         """Have it fetch, or go on fetching, the manifest that it has found into the request's arena.
@@ -106,8 +129,9 @@ class LookAhead:
         if fetcher is not None:
             fetcher.end()
         filling, self._filling = self._filling, None
-        for descriptor in filling or ():
-            os.close(descriptor)
+        if filling is not None:
+            for descriptor in (*filling.files, filling.queue_fd):
+                os.close(descriptor)
 
     def _hear(self) -> bool:
         """Take its next message; False where none will come."""
@@ -122,7 +146,10 @@ class LookAhead:
         self._found[found["key"]] = StoredObject(message.data, found["etag"])
         if found["is_manifest"]:
             self._manifest_key, self._found_monotonic_seconds = found["key"], found["found_monotonic_seconds"]
-            self._filling = Filling(*message.descriptors) if message.descriptors else None
+            if message.descriptors:
+                *files, queue_fd = message.descriptors
+                shape = tuple(found["ring"]) if "ring" in found else None
+                self._filling = Filling(tuple(files), queue_fd, shape)
         return True
 
 

@@ -10,6 +10,7 @@ from coldstart.stores.base import Tally
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from coldstart.fetch.ring import Ring
     from coldstart.manifest import Manifest
     from coldstart.stores import StoreOptions
     from coldstart.stores.base import Store
@@ -26,6 +27,13 @@ class Address(NamedTuple):
     options: StoreOptions
 
 
+class RingWay(NamedTuple):
+    """How chunks reach a device with memory of its own: a ring of so many bytes, and codecs that the device decodes."""
+
+    ring_bytes: int
+    device_codecs: tuple[str, ...]
+
+
 class Fillable(Protocol):
     """What a fetch needs of an arena."""
 
@@ -34,7 +42,7 @@ class Fillable(Protocol):
 
 
 class FetchRequest(NamedTuple):
-    """Fill ``arena`` with all chunks of ``manifest`` from ``store``.
+    """Fill ``arena`` with all chunks of ``manifest`` from ``store``; None where the chunks go to a ``ring``.
 
     ``threads``: reads at a time at most. ``verify_raw`` also hashes what decoding gave, as a proof does; a start relies
     on the hash of the stored bytes. ``address`` is the store's, if it has one: without it only this process can read the
@@ -42,11 +50,15 @@ class FetchRequest(NamedTuple):
     PROGRESS_SECONDS; it must not raise. ``processes``: how many fetcher processes may share the work, with the bounds of
     ``threads`` and ``budget_bytes`` for all of them together. ``next_chunk`` gives the index of a chunk that nobody else
     fetches, None at the end; without it all chunks are this fetch's, in ``plan.fetch_order``.
+
+    With a ``ring`` chunks are handed over there, to who puts them into the arena (``landing``): as they are stored where
+    their codec is ``raw`` or one of ``device_codecs``, which the device decodes, else decoded. What is handed over as it is
+    stored is not hashed once more with ``verify_raw``: that is for who decodes it.
     """
 
     manifest: Manifest
     store: Store
-    arena: Fillable
+    arena: Fillable | None
     threads: int
     budget_bytes: int
     verify_raw: bool = False
@@ -54,6 +66,8 @@ class FetchRequest(NamedTuple):
     progress: Callable[[int], None] | None = None
     processes: int = 1
     next_chunk: Callable[[], int | None] | None = None
+    ring: Ring | None = None
+    device_codecs: tuple[str, ...] = ()
 
 
 class FetchReport(NamedTuple):

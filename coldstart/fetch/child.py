@@ -10,13 +10,14 @@ import threading
 import time
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from coldstart.children import WIRE_FD, Message, receive, send, told
 from coldstart.devices.cpu import CpuDevice
 from coldstart.errors import ColdstartError, StoreTransientError
 from coldstart.fetch.base import Address, FetchRequest, Fillable
 from coldstart.fetch.crew import Bounds, next_chunk, queue_of, share_of
+from coldstart.fetch.ring import Ring, RingFiles, shape_of
 from coldstart.fetch.threads import start_threads
 from coldstart.manifest import Manifest, manifest_from_json, ref_from_json
 from coldstart.plan import fetch_order, needed
@@ -26,7 +27,7 @@ from coldstart.stores import StoreOptions, open_store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from coldstart.stores.base import Store
+    from coldstart.stores.base import Store, StoredObject
 
     _Inbox = queue.SimpleQueue[Message]
 
@@ -105,6 +106,8 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
         manifest = _needed(manifest_from_json(stored.data), task["programs"], task["kernels"])
+        if "ring_bytes" in task:
+            return _fetch_to_new_ring(outbox, task, stored, key, manifest, store)
         arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))
     except StoreTransientError:
         raise  # it was asked again and again, for as long as that is sensible: the parent need not
@@ -116,7 +119,21 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         return _fetch(outbox, message.document, manifest, store, message.descriptors)
     queue_fd = queue_of(fetch_order(manifest))
     _say_object(outbox, key, stored.data, stored.etag, is_manifest=True, descriptors=(arena.fileno, queue_fd))
-    return _fetch_into(outbox, arena, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
+    return _fetch_into(outbox, _Way(arena), share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
+
+
+def _fetch_to_new_ring(
+    outbox: _Outbox, task: dict[str, Any], stored: StoredObject, key: str, manifest: Manifest, store: Store
+) -> dict[str, Any]:
+    """Make the ring that the parent copies from, and fill it: it may be long before the parent can take anything."""
+    ring = Ring.make(*shape_of(manifest, task["ring_bytes"]))
+    queue_fd = queue_of(fetch_order(manifest))
+    files = (*ring.files, queue_fd)
+    shape = [ring.slot_bytes, ring.slots]
+    _say_object(outbox, key, stored.data, stored.etag, is_manifest=True, descriptors=files, ring=shape)
+    ring.take_no_more()
+    way = _Way(None, ring, tuple(task["device_codecs"]))
+    return _fetch_into(outbox, way, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
 
 
 def _needed(manifest: Manifest, accepted: Sequence[str], kernels: str) -> Manifest:
@@ -142,8 +159,15 @@ def _say_object(
     *,
     is_manifest: bool = False,
     descriptors: Sequence[int] = (),
+    **further: object,
 ) -> None:
-    found = {"key": key, "etag": etag, "is_manifest": is_manifest, "found_monotonic_seconds": time.monotonic()}
+    found = {
+        "key": key,
+        "etag": etag,
+        "is_manifest": is_manifest,
+        "found_monotonic_seconds": time.monotonic(),
+        **further,
+    }
     outbox.say(found, data, descriptors)
 
 
@@ -153,26 +177,41 @@ def _say_object(
 def _fetch(
     outbox: _Outbox, task: dict[str, Any], manifest: Manifest, store: Store, descriptors: Sequence[int]
 ) -> dict[str, Any]:
-    """Fetch as the parent says, into the arena that it has sent; with a queue of chunks where others fetch too."""
-    arena_fd, *queue_fds = descriptors
-    arena = CpuDevice().adopt(arena_fd, _lengths(manifest))
-    return _fetch_into(outbox, arena, Bounds(*task["bounds"]), manifest, store, *queue_fds)
+    """Fetch as the parent says, into the arena or the ring that it has sent; with a queue of chunks where others fetch too."""
+    if "ring" in task:
+        memory, free_reader, filled_writer, *queue_fds = descriptors
+        ring = Ring(RingFiles(memory, free_reader, -1, -1, filled_writer), *task["ring"])
+        way = _Way(None, ring, tuple(task["device_codecs"]))
+    else:
+        arena_fd, *queue_fds = descriptors
+        way = _Way(CpuDevice().adopt(arena_fd, _lengths(manifest)))
+    return _fetch_into(outbox, way, Bounds(*task["bounds"]), manifest, store, *queue_fds)
+
+
+class _Way(NamedTuple):
+    """Where chunks go: into an arena, or a ring."""
+
+    arena: Fillable | None
+    ring: Ring | None = None
+    device_codecs: tuple[str, ...] = ()
 
 
 def _fetch_into(
-    outbox: _Outbox, arena: Fillable, bounds: Bounds, manifest: Manifest, store: Store, queue_fd: int | None = None
+    outbox: _Outbox, way: _Way, bounds: Bounds, manifest: Manifest, store: Store, queue_fd: int | None = None
 ) -> dict[str, Any]:
     report = start_threads(
         FetchRequest(
             manifest,
             store,
-            arena,
+            way.arena,
             bounds.threads,
             bounds.budget_bytes,
             verify_raw=bounds.verify_raw,
             progress=lambda placed_bytes: outbox.say({"placed_bytes": placed_bytes}),
             processes=bounds.processes,
             next_chunk=None if queue_fd is None else partial(next_chunk, queue_fd),
+            ring=way.ring,
+            device_codecs=way.device_codecs,
         )
     ).wait()
     return {

@@ -47,8 +47,8 @@ def can_start(request: FetchRequest) -> bool:
 
 
 def can_share(request: FetchRequest) -> bool:
-    """Whether the arena is one memory file."""
-    return getattr(request.arena, "fileno", None) is not None
+    """Whether chunks can reach the arena from another process: it is one memory file, or has a ring."""
+    return request.ring is not None or getattr(request.arena, "fileno", None) is not None
 
 
 def start_process(request: FetchRequest) -> Fetch:
@@ -76,6 +76,16 @@ def _whole_task(request: FetchRequest) -> dict[str, Any]:
         "url": address.url,
         "options": address.options._asdict(),
     }
+
+
+def _way_to_arena(request: FetchRequest) -> tuple[dict[str, Any], list[int]]:
+    """What a fetcher has to know, and the files that it has to have, for its chunks to reach the arena."""
+    ring = request.ring
+    if ring is None:
+        arena: Any = request.arena
+        return {}, [arena.fileno]
+    told = {"ring": [ring.slot_bytes, ring.slots], "device_codecs": list(request.device_codecs)}
+    return told, [ring.files.memory, ring.files.free_reader, ring.files.filled_writer]
 
 
 class Fetcher:
@@ -167,6 +177,8 @@ class _ProcessFetch(Fetch):
             return self._success()
         if self._ending.answer is not None:
             raise children.error_of(self._ending.answer, SnapshotError)
+        if self._request.ring is not None:
+            self._request.ring.recover()  # the slots that it had
         self._replacement = _Replacement(self._request, "the fetcher process ended early")
         if self._cancelled.is_set():  # meanwhile
             self._replacement.cancel()
@@ -192,9 +204,10 @@ class _ProcessFetch(Fetch):
     def _converse(self, member: _Member) -> None:
         """Give a fetcher its task and listen until it has ended; if that is no success, the others are to end too."""
         if member.task is not None:
-            arena: Any = self._request.arena
-            told = {**member.task, "bounds": list(self._share)}
-            member.fetcher.tell(told, [fd for fd in (arena.fileno, self._queue_fd) if fd is not None])
+            told, files = _way_to_arena(self._request)
+            if self._queue_fd is not None:
+                files.append(self._queue_fd)
+            member.fetcher.tell({**member.task, **told, "bounds": list(self._share)}, files)
         while (message := member.fetcher.hear()) is not None and "placed_bytes" in message.document:
             member.placed_bytes = message.document["placed_bytes"]
             if self._request.progress is not None:

@@ -30,6 +30,7 @@ from coldstart.plan import fetch_order
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from coldstart.fetch.ring import Ring
     from coldstart.manifest import Chunk
 
 RAW = "raw"
@@ -93,14 +94,35 @@ class _ThreadFetch(Fetch):
         following = self._request.next_chunk or (lambda: next(ordered, None))
         while (index := following()) is not None:
             chunk = self._request.manifest.chunks[index]
-            yield Job(self._buffers.size_bytes, partial(self._fetch, chunk))
+            work = (
+                self._fetch if self._request.ring is None else partial(self._fetch_to_ring, self._request.ring, index)
+            )
+            yield Job(self._buffers.size_bytes, partial(work, chunk))
 
     def _fetch(self, chunk: Chunk) -> None:
-        try:
-            self._read_and_place(chunk)
-        except BlobCorruptError:
-            self._retried += 1
-            self._read_and_place(chunk)
+        with self._read(chunk) as stored:
+            if chunk.codec == RAW:
+                self._place(chunk, stored)
+            else:
+                self._decode_and_place(chunk, stored)
+        self._count(chunk.stored_bytes)
+
+    def _fetch_to_ring(self, ring: Ring, index: int, chunk: Chunk) -> None:
+        if not self._goes_as_stored(chunk):
+            with self._read(chunk) as stored:
+                slot, epoch = ring.take()
+                with self._decoding:
+                    self._decode(chunk, stored, ring.slot(slot, chunk.length_bytes))
+            ring.hand_over(slot, epoch, index, is_raw=True)
+        else:
+            slot, epoch = ring.take()
+            room = ring.slot(slot, chunk.stored_bytes)
+            self._read_into(chunk, room)
+            if chunk.codec != RAW:
+                codec(chunk.codec).check(
+                    room, chunk.length_bytes, item_bytes=self._item_bytes(chunk), parameters=chunk.parameters
+                )
+            ring.hand_over(slot, epoch, index, is_raw=chunk.codec == RAW)
         self._count(chunk.stored_bytes)
 
     def _count(self, placed_bytes: int) -> None:
@@ -111,29 +133,55 @@ class _ThreadFetch(Fetch):
                 self._tells_seconds = now + PROGRESS_SECONDS
                 self._request.progress(self._placed_bytes)
 
-    def _read_and_place(self, chunk: Chunk) -> None:
+    def _goes_as_stored(self, chunk: Chunk) -> bool:
+        if chunk.codec == RAW:
+            return chunk.stored_bytes == chunk.length_bytes  # any other is refused where it is decoded
+        return chunk.codec in self._request.device_codecs and chunk.segment not in self._request.manifest.host_segments
+
+    @contextmanager
+    def _read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """The stored bytes of a chunk, verified, for as long as the block lasts."""
         with self._buffers.one() as buffer:
             stored = buffer[: chunk.stored_bytes]
-            self._request.store.read_into(blob_key(chunk.blob), stored)
-            self._width.finished(len(stored))
-            _check(stored, chunk.blob, chunk.blob)
-            if chunk.codec == RAW:
-                self._place(chunk, stored)
-            else:
-                self._decode_and_place(chunk, stored)
+            self._read_into(chunk, stored)
+            yield stored
+
+    def _read_into(self, chunk: Chunk, room: memoryview) -> None:
+        """Fill ``room`` with the stored bytes of a chunk; what is not what its name says is read once more."""
+        try:
+            self._read_once(chunk, room)
+        except BlobCorruptError:
+            self._retried += 1
+            self._read_once(chunk, room)
+
+    def _read_once(self, chunk: Chunk, room: memoryview) -> None:
+        self._request.store.read_into(blob_key(chunk.blob), room)
+        self._width.finished(len(room))
+        _check(room, chunk.blob, chunk.blob)
 
     def _decode_and_place(self, chunk: Chunk, stored: memoryview) -> None:
-        item_bytes = self._request.manifest.segments[chunk.segment].item_bytes
         with self._decoding, self._rooms.one() as room:
-            raw = room[: chunk.length_bytes]
-            codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
-            self._place(chunk, raw)
+            self._decode(chunk, stored, room[: chunk.length_bytes])
+            self._put(chunk, room[: chunk.length_bytes])
+
+    def _decode(self, chunk: Chunk, stored: memoryview, raw: memoryview) -> None:
+        item_bytes = self._item_bytes(chunk)
+        codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
+        if self._request.verify_raw:
+            _check(raw, chunk.raw_hash, chunk.blob)
+
+    def _item_bytes(self, chunk: Chunk) -> int:
+        return self._request.manifest.segments[chunk.segment].item_bytes
 
     def _place(self, chunk: Chunk, raw: memoryview) -> None:
         if len(raw) != chunk.length_bytes:
             raise BlobCorruptError(f"raw chunk {chunk.blob} has another length than its place", key=chunk.blob)
         if self._request.verify_raw:
             _check(raw, chunk.raw_hash, chunk.blob)
+        self._put(chunk, raw)
+
+    def _put(self, chunk: Chunk, raw: memoryview) -> None:
+        assert self._request.arena is not None
         self._request.arena.place(chunk.segment, chunk.offset_bytes, raw)
 
 

@@ -14,7 +14,7 @@ class Storage(NamedTuple):
     """A run of memory that leaves are views of, trimmed to what they use.
 
     ``address`` is the device address of the first byte (an identity while the owner lives); ``data`` a one-dimensional
-    uint8 array over the run (numpy for host memory, cupy for a GPU), a view and never a copy.
+    uint8 array over the run (numpy for host memory, ``DeviceBytes`` for a GPU's), a view and never a copy.
     """
 
     address: int

@@ -13,6 +13,10 @@ SLACK_BYTES = 4096
 """Views of one allocation stay in one storage when no more than this lies between them: padding, not another array."""
 
 
+HOST = -1
+"""In place of a GPU's number: memory of the host."""
+
+
 class Form(NamedTuple):
     """What an array looks like. ``strides`` are in items."""
 
@@ -26,7 +30,8 @@ class Extent(NamedTuple):
     """The bytes that an array with elements uses.
 
     ``allocation`` is equal for views of one allocation, which starts at ``base_address`` or before; ``owner`` keeps the
-    bytes alive; ``alignment_bytes`` is what the array's offset in its storage must be a multiple of.
+    bytes alive; ``alignment_bytes`` is what the array's offset in its storage must be a multiple of. ``gpu`` is the number of
+    the GPU whose memory it is, -1 for the host's: no address is of both.
     """
 
     address: int
@@ -35,6 +40,7 @@ class Extent(NamedTuple):
     allocation: Hashable
     alignment_bytes: int
     owner: Any
+    gpu: int = HOST
 
     @property
     def end(self) -> int:
@@ -107,7 +113,12 @@ def _aligned_start(members: Iterable[Extent]) -> int:
     return earlier if earlier >= min(extent.base_address for extent in members) else start
 
 
-def _bytes_at(address: int, length_bytes: int, members: Iterable[Extent]) -> Any:
+def _bytes_at(address: int, length_bytes: int, members: Sequence[Extent]) -> Any:
+    owners = tuple(extent.owner for extent in members)
+    if members[0].gpu != HOST:
+        from coldstart.devices.device_bytes import DeviceBytes
+
+        return DeviceBytes(address, length_bytes, members[0].gpu, owners)
     import numpy as np
 
-    return np.asarray(_Window(address, length_bytes, tuple(extent.owner for extent in members)))
+    return np.asarray(_Window(address, length_bytes, owners))

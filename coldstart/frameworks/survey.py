@@ -9,7 +9,7 @@ from coldstart.errors import UncapturableError
 from coldstart.frameworks import torch as for_torch
 from coldstart.frameworks import tree
 from coldstart.frameworks.base import FoundLeaf, Survey
-from coldstart.frameworks.memory import span_bytes, to_storages
+from coldstart.frameworks.memory import HOST, span_bytes, to_storages
 from coldstart.frameworks.paths import shown
 from coldstart.frameworks.walk import Walk
 from coldstart.manifest import MAX_LEAVES, NO_BUFFER, Leaf
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from coldstart.frameworks.walk import Spot
 
 
-def survey(state: Any) -> Survey:
+def survey(state: Any, *, gpu: int = HOST) -> Survey:
     """Find every array of ``state``, the memory behind them, and how to put others in their places.
 
     Nothing is copied, and nothing of the state is changed. A path (see ``frameworks.paths``) names each array; arrays
     without elements have ``leaf.buffer`` -1; an object at two paths is two leaves, the second ``same_as`` the first.
+    ``gpu``: the number of the GPU that arrays may be on beside the host, -1 for none.
 
     Raises UncapturableError, with the path, for an array that cannot be put back exactly: one without bytes (on the
     meta device, offloaded), distributed, sparse, quantized, nested, of an unknown tensor subclass, of Python objects,
@@ -35,7 +36,7 @@ def survey(state: Any) -> Survey:
     walk = Walk(state)
     _check(walk.spots)
     forms = [spot.form() for spot in walk.spots]
-    storages, positions = _memory(walk.spots, forms)
+    storages, positions = _memory(walk.spots, forms, gpu)
     leaves = [_found(spot, form, position) for spot, form, position in zip(walk.spots, forms, positions, strict=True)]
     encoded, obstacle = _encoded(walk)
     modules = {path: bool(module.training) for path, module in walk.modules.items()}
@@ -57,14 +58,16 @@ def _refuse(path: str, reason: str) -> NoReturn:
     )
 
 
-def _memory(spots: Sequence[Spot], forms: Sequence[Form]) -> tuple[tuple[Storage, ...], list[tuple[int, int]]]:
+def _memory(
+    spots: Sequence[Spot], forms: Sequence[Form], gpu: int
+) -> tuple[tuple[Storage, ...], list[tuple[int, int]]]:
     """The storages, and for each spot the index of its own (or NO_BUFFER) and its offset there in bytes."""
     extents: list[Extent] = []
     owned: list[int] = []
     for index, (spot, form) in enumerate(zip(spots, forms, strict=True)):
         length_bytes = span_bytes(form)
         if length_bytes:
-            extents.append(spot.extent(length_bytes))
+            extents.append(_on_device(spot, spot.extent(length_bytes), gpu))
             owned.append(index)
     storages, found = to_storages(extents)
     positions = [(NO_BUFFER, 0)] * len(spots)
@@ -73,6 +76,13 @@ def _memory(spots: Sequence[Spot], forms: Sequence[Form]) -> tuple[tuple[Storage
             _refuse(spots[index].path, "shares its memory with an array of another item size, at an odd distance")
         positions[index] = position
     return storages, positions
+
+
+def _on_device(spot: Spot, extent: Extent, gpu: int) -> Extent:
+    if extent.gpu not in (HOST, gpu):
+        place = "the cpu" if gpu == HOST else f"GPU {gpu}"
+        _refuse(spot.path, f"is on GPU {extent.gpu}, and this start's state belongs on {place} (COLDSTART_DEVICE)")
+    return extent
 
 
 def _version(tensors: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ManifestError, StateMismatchError
-from coldstart.frameworks.memory import Extent, Form
+from coldstart.frameworks.memory import HOST, Extent, Form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,8 +91,8 @@ def refusal(tensor: Any, *, meta: bool = False) -> str:
         return f"is a sparse or packed tensor ({tensor.layout})"
     if tensor.is_meta and not meta:
         return "is on the meta device, so it has no bytes (accelerate leaves offloaded weights there)"
-    if tensor.device.type not in ("cpu", "meta"):
-        return f"is on the device {tensor.device}: device arrays come with the cuda device"
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        return f"is on the device {tensor.device}, which coldstart does not know"
     if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor():  # noqa: SLF001  torch has no other name for it
         return "is a lazy conjugate, negative or zero: call resolve_conj(), resolve_neg() or clone() in load"
     return graph_refusal(tensor)
@@ -136,12 +136,30 @@ def extent(tensor: Any, length_bytes: int) -> Extent:
     """The memory that a tensor with elements uses."""
     storage = tensor.untyped_storage()
     base = storage.data_ptr()
-    return Extent(tensor.data_ptr(), length_bytes, base, ("torch", base), tensor.element_size(), storage)
+    gpu = tensor.device.index if tensor.is_cuda else HOST
+    return Extent(tensor.data_ptr(), length_bytes, base, ("torch", base), tensor.element_size(), storage, gpu)
 
 
 def storage_of(buffer: Any) -> Any:
-    """The torch storage that is ``buffer``, a uint8 array of numpy. It keeps the array alive and cannot be resized."""
-    return _installed().from_numpy(buffer).untyped_storage()
+    """The torch storage that is ``buffer``, a uint8 array of numpy or ``DeviceBytes``. It keeps that alive and cannot be resized.
+
+    Raises StateMismatchError where this torch has no CUDA and the bytes are a GPU's.
+    """
+    return flat_bytes(buffer).untyped_storage()
+
+
+def flat_bytes(buffer: Any) -> Any:
+    """A tensor of uint8 that is ``buffer``: see ``storage_of``."""
+    torch = _installed()
+    if not hasattr(buffer, "__cuda_array_interface__"):
+        return torch.from_numpy(buffer)
+    try:
+        return torch.as_tensor(buffer, device=f"cuda:{buffer.ordinal}")
+    except (RuntimeError, AssertionError) as error:
+        raise StateMismatchError(
+            f"the snapshot holds tensors on a GPU, which this torch cannot use ({error}): install a build for CUDA, or set"
+            " COLDSTART_DEVICE=cpu"
+        ) from error
 
 
 def view(leaf: Leaf, storage: Any) -> Any:
@@ -159,9 +177,19 @@ def view(leaf: Leaf, storage: Any) -> Any:
         offset, rest = divmod(leaf.offset_bytes, leaf.item_bytes)
         if rest:
             raise ManifestError(f"leaf {leaf.path!r} starts at byte {leaf.offset_bytes}, inside an item")
-        return torch.empty(0, dtype=dtype).set_(storage, offset, leaf.shape, leaf.strides)
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, leaf.shape, leaf.strides)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ManifestError(f"leaf {leaf.path!r} cannot be laid over its buffer: {error}") from error
+
+
+def zeros(dtype: str, shape: tuple[int, ...], device: str) -> Any:
+    """A plain tensor of zeros. Raises ManifestError for a dtype that this torch does not have, RuntimeError as torch does."""
+    found = _dtype_named(dtype)
+    if found is None:
+        raise ManifestError(f"{dtype!r} is a dtype that this torch does not have")
+    import torch
+
+    return torch.zeros(shape, dtype=found, device=device)
 
 
 def finish(leaf: Leaf, tensor: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ManifestError
+from coldstart.frameworks import cupy as for_cupy
 from coldstart.frameworks import numpy as for_numpy
 from coldstart.frameworks import torch as for_torch
 from coldstart.manifest import NO_BUFFER, Leaf
@@ -22,13 +23,15 @@ class Views:
         self._torch_storages: dict[int, Any] = {NO_BUFFER: None}
 
     def plain(self, leaf: Leaf) -> Any:
-        """A numpy array, or a tensor that is no Parameter and requires no gradient. Raises ManifestError."""
+        """An array of numpy or cupy, or a tensor that is no Parameter and requires no gradient. Raises ManifestError."""
         if leaf.buffer == NO_BUFFER and 0 not in leaf.shape:
             raise ManifestError(f"leaf {leaf.path!r} has elements and no buffer")
         if leaf.framework == "torch":
             return for_torch.view(leaf, self._torch_storage(leaf.buffer))
         if leaf.framework == "numpy":
             return for_numpy.view(leaf, self._buffer(leaf.buffer))
+        if leaf.framework == "cupy":
+            return for_cupy.view(leaf, self._buffer(leaf.buffer))
         raise ManifestError(f"leaf {leaf.path!r} is an array of {leaf.framework!r}, which this coldstart does not know")
 
     def finished(self, leaf: Leaf) -> Any:

@@ -17,6 +17,7 @@ from itertools import chain
 from types import MemberDescriptorType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from coldstart.frameworks import cupy as for_cupy
 from coldstart.frameworks import numpy as for_numpy
 from coldstart.frameworks import torch as for_torch
 from coldstart.frameworks.paths import ROOT, attribute, item
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from coldstart.frameworks.memory import Extent, Form
 
-_FRAMEWORKS: Mapping[str, Any] = {"torch": for_torch, "numpy": for_numpy}
+_FRAMEWORKS: Mapping[str, Any] = {"torch": for_torch, "numpy": for_numpy, "cupy": for_cupy}
 _ATOMS = frozenset({str, bytes, int, float, bool, complex, type(None), bytearray, range, slice, type(...)})
 _OPAQUE_TYPES = (str, bytes, bytearray, int, float, complex, type, ModuleType, BaseException)
 _OPAQUE_PACKAGES = frozenset(
@@ -103,8 +104,8 @@ class Spot(NamedTuple):
 
     def refusal(self, *, meta: bool = False) -> str:
         """Why this array cannot be captured, as the rest of a sentence; "" if it can. ``meta``: it needs no bytes."""
-        if self.out_of_reach or self.framework == "numpy":
-            return self.out_of_reach or for_numpy.refusal(self.array)
+        if self.out_of_reach or self.framework in ("numpy", "cupy"):
+            return self.out_of_reach or str(_FRAMEWORKS[self.framework].refusal(self.array))
         if self.wrappers and self.array.requires_grad:
             return "is a part of a tensor subclass and requires a gradient of its own"
         reasons = (for_torch.graph_refusal(wrapper.original) for wrapper in self.wrappers)
@@ -176,12 +177,16 @@ class Walk:
         if ("torch", "Tensor") in names:
             return self._tensor
         if ("numpy", "ndarray") in names:
-            return self._array
+            return partial(self._array, "numpy")
+        if for_cupy.is_array(names):
+            return partial(self._array, "cupy")
         if ("numpy", "generic") in names:
             return self._nothing
         members = {name for base in cls.__mro__ for name in vars(base)}
         if "__cuda_array_interface__" in members:
-            return partial(self._refuse, "is an array on a device: device arrays come with the cuda device")
+            return partial(
+                self._refuse, f"is a {cls.__name__} on a GPU: only arrays of torch and cupy can be captured there"
+            )
         if "__dlpack__" in members:
             return partial(self._refuse, f"is a {cls.__name__}: only arrays of torch and numpy can be captured")
         if ("torch.jit._script", "ScriptModule") in names:
@@ -214,8 +219,8 @@ class Walk:
             Spot(visit.path, "", "", visit.value, visit.place, "", visit.wrappers, visit.refusal or refusal)
         )
 
-    def _array(self, visit: _Visit) -> None:
-        self._spot(visit, "numpy", "array")
+    def _array(self, framework: str, visit: _Visit) -> None:
+        self._spot(visit, framework, "array")
 
     def _tensor(self, visit: _Visit) -> None:
         tensor = visit.value

@@ -12,7 +12,7 @@ from coldstart.kernel_caches.kinds import KERNELS_ROOT
 from coldstart.kernel_caches.record import roots_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Sequence
 
     from coldstart.kernel_caches.packing import Packed
     from coldstart.manifest import Manifest
@@ -55,38 +55,41 @@ def with_kernels_of(manifest: Manifest, parent: Manifest) -> Manifest:
     others = [root for root in roots_of(parent) if root not in own]
     kept = {*[root for root in roots_of(parent) if root in own], *others[: MOST_PLATFORMS - max(1, len(own))]}
     records = {root: text for root, text in parent.platform.items() if root in kept}
-    merged = _appended(manifest, parent, kept)
+    taken = [index for index, segment in enumerate(parent.segments) if segment.consumer in kept]
+    merged = _appended(manifest, parent, taken)
     return merged._replace(platform={**records, **manifest.platform})
 
 
 def as_addition_to(parent: Manifest, small: Manifest) -> Manifest:
     """The parent as a generation of its own, with the files of ``small``, whose number and origin it has, before its own."""
     base = with_kernels_of(small._replace(programs=()), parent)
-    rest = [index for index, segment in enumerate(parent.segments) if segment.consumer not in roots_of(parent)]
+    kernels = roots_of(parent)
+    rest = [index for index, segment in enumerate(parent.segments) if segment.consumer not in kernels]
     places = {old: len(base.segments) + new for new, old in enumerate(rest)}
-    return base._replace(
+    return _appended(base, parent, rest)._replace(
         rung=parent.rung,
-        segments=base.segments + tuple(parent.segments[index] for index in rest),
         buffers=tuple(buffer._replace(segment=places[buffer.segment]) for buffer in parent.buffers),
-        leaves=parent.leaves,
-        files=base.files
-        + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
-        chunks=base.chunks
-        + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in parent.chunks if chunk.segment in places),
-        pools=parent.pools,
-        tree=parent.tree,
-        modules=parent.modules,
-        programs=parent.programs,
-        warmup_digests=parent.warmup_digests,
-        provenance=parent.provenance,
-        requires=parent.requires,
-        extra=parent.extra,
+        **{field: getattr(parent, field) for field in _OF_THE_STATE},
     )
 
 
-def _appended(manifest: Manifest, parent: Manifest, roots: Collection[str]) -> Manifest:
-    """The manifest with the parent's segments of these consumers, and what lies in them."""
-    taken = [index for index, segment in enumerate(parent.segments) if segment.consumer in roots]
+_OF_THE_STATE = (
+    "leaves",
+    "pools",
+    "pool_arrays",
+    "tree",
+    "modules",
+    "programs",
+    "warmup_digests",
+    "provenance",
+    "requires",
+    "extra",
+)
+"""What a generation that only adds kernels has as its parent has it."""
+
+
+def _appended(manifest: Manifest, parent: Manifest, taken: Sequence[int]) -> Manifest:
+    """The manifest with these segments of the parent's behind its own, and the files in them."""
     places = {old: len(manifest.segments) + new for new, old in enumerate(taken)}
     return manifest._replace(
         segments=manifest.segments + tuple(parent.segments[index] for index in taken),
@@ -94,4 +97,6 @@ def _appended(manifest: Manifest, parent: Manifest, roots: Collection[str]) -> M
         + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in parent.chunks if chunk.segment in places),
         files=manifest.files
         + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
+        host_segments=manifest.host_segments
+        + tuple(places[index] for index in parent.host_segments if index in places),
     )

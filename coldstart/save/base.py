@@ -55,7 +55,9 @@ class Task(NamedTuple):
     """A chunk to be saved.
 
     ``pieces`` gives its bytes as they are at that moment: views of live memory and padding, end to end. ``settled``: they
-    are looked at again when all is saved, so a torn copy will be noticed then; else it has to be noticed now.
+    are looked at again when all is saved, so a torn copy will be noticed then; else it has to be noticed now. A view may be
+    good only until ``pieces`` is called again, for this task or another. ``raw_hash`` gives the hash of the bytes as they are
+    now where somebody can tell it without a copy: the device that they are on.
     """
 
     segment: int
@@ -63,6 +65,7 @@ class Task(NamedTuple):
     length_bytes: int
     settled: bool
     pieces: Callable[[], Iterator[memoryview]]
+    raw_hash: Callable[[], str] | None = None
 
 
 class Saved(NamedTuple):
@@ -78,6 +81,20 @@ class Saved(NamedTuple):
     stored_bytes: int
     is_written: bool
     is_settled: bool = True
+
+
+def reused(task: Task, terms: Terms) -> Saved | None:
+    """What there is to say of a chunk that the parent has and that is known to be one of its without a copy: no byte is moved.
+
+    Only where the parent's blobs are sure to stay; else they have to be asked for (``Stage.reused``).
+    """
+    if task.raw_hash is None or not terms.known_stays:
+        return None
+    raw_hash = task.raw_hash()
+    known = terms.known.get((raw_hash, task.item_bytes, task.length_bytes))
+    if known is None:
+        return None
+    return Saved(raw_hash, known.codec, known.parameters, known.blob, known.stored_bytes, is_written=False)
 
 
 class Saver(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from coldstart.errors import CaptureError, StateChangedError
-from coldstart.save.base import STOPPED, THREADS, Saver
+from coldstart.save.base import STOPPED, THREADS, Saver, reused
 from coldstart.save.stage import Rate, Stage, hash_of
 
 if TYPE_CHECKING:
@@ -21,12 +21,15 @@ def save_here(
 ) -> Saver:
     """A saver that does one chunk after another. ``reason``: why nobody else does, where that was wanted."""
     stage = Stage(repository, terms, Rate(bytes_per_second, stopping))
-    return _Here(repository, stage, stopping, f"{THREADS} ({reason})" if reason else THREADS)
+    return _Here(repository, terms, stage, stopping, f"{THREADS} ({reason})" if reason else THREADS)
 
 
 class _Here(Saver):
-    def __init__(self, repository: Repository, stage: Stage, stopping: threading.Event, engine: str) -> None:
+    def __init__(
+        self, repository: Repository, terms: Terms, stage: Stage, stopping: threading.Event, engine: str
+    ) -> None:
         self._repository = repository
+        self._terms = terms
         self._stage = stage
         self._stopping = stopping
         self._engine = engine
@@ -43,7 +46,11 @@ class _Here(Saver):
         return [self._save(task) for task in tasks]
 
     def hashes(self, tasks: Iterable[Task]) -> list[str]:
-        return [hash_of(self._checked(task)) for task in tasks]
+        return [self._hash(task) for task in tasks]
+
+    def _hash(self, task: Task) -> str:
+        self._check_stopped()
+        return task.raw_hash() if task.raw_hash is not None else hash_of(gathered(task))
 
     def stop(self) -> None:
         pass  # `stopping` is looked at before every chunk
@@ -53,21 +60,24 @@ class _Here(Saver):
 
     def _save(self, task: Task) -> Saved:
         """The hash is of live memory, and what is encoded and sent is a copy that must have the same."""
-        live = self._checked(task)
+        self._check_stopped()
+        unmoved = reused(task, self._terms)
+        if unmoved is not None:
+            return unmoved
+        live = gathered(task)
         raw_hash = hash_of(live)
-        reused = self._stage.reused(raw_hash, task.item_bytes, task.length_bytes)
-        if reused is not None:
-            return reused
+        found = self._stage.reused(raw_hash, task.item_bytes, task.length_bytes)
+        if found is not None:
+            return found
         raw = _copied(live)
         if hash_of(raw) != raw_hash:
             raise StateChangedError("bytes of the state changed while they were copied")
         codec = self._stage.codec_of(task.segment, task.item_bytes, raw)
         return self._stage.stored(raw, raw_hash, task.item_bytes, codec)
 
-    def _checked(self, task: Task) -> memoryview:
+    def _check_stopped(self) -> None:
         if self._stopping.is_set():
             raise CaptureError(STOPPED)
-        return gathered(task)
 
 
 def gathered(task: Task) -> memoryview:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from coldstart import children
 from coldstart.config import helper_environment
 from coldstart.errors import CaptureError, ColdstartError, ObjectMissingError
-from coldstart.save.base import PROCESS, STOPPED, Saved, Saver
+from coldstart.save.base import PROCESS, STOPPED, Saved, Saver, reused
 from coldstart.save.here import gathered, save_here
 from coldstart.save.stage import hash_of
 from coldstart.stores.base import Capabilities, StoreWrapper
@@ -66,6 +66,7 @@ class _Process(Saver):
     def __init__(self, saving: Saving, terms: Terms, repository: Repository, stopping: threading.Event) -> None:
         self._store = repository.store
         self._repository = repository.through(_WritingStore(self, repository.store))
+        self._terms = terms
         self._stopping = stopping
         reason = "the saver process ended early"
         self._here = save_here(repository, terms, saving.bytes_per_second, stopping, reason=reason)
@@ -109,10 +110,18 @@ class _Process(Saver):
         return self._pid
 
     def save(self, tasks: Iterable[Task]) -> list[Saved]:
-        return self._done("save", tasks, _saved, self._here.save)
+        return _beside(
+            tasks,
+            lambda task: reused(task, self._terms),
+            lambda others: self._done("save", others, _saved, self._here.save),
+        )
 
     def hashes(self, tasks: Iterable[Task]) -> list[str]:
-        return self._done("hash", tasks, _raw_hash, self._here.hashes)
+        return _beside(
+            tasks,
+            lambda task: None if task.raw_hash is None else task.raw_hash(),
+            lambda others: self._done("hash", others, _raw_hash, self._here.hashes),
+        )
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool, if_match: str | None) -> str | None:
         """Write a small object and return its etag; None where the saver ended without saying. Raises StoreError."""
@@ -181,7 +190,7 @@ class _Process(Saver):
 
     def _give(self, operation: str, task: Task) -> int | None:
         """Copy a chunk into a slot, once there is one, and send word of it; None where the saver has ended."""
-        before = hash_of(gathered(task)) if operation == "save" and not task.settled else ""
+        before = _hash_now(task) if operation == "save" and not task.settled else ""
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._is_halted())
             self._check_halted()
@@ -279,6 +288,28 @@ class _WritingStore(StoreWrapper):
             if stored.data == bytes(data):
                 return stored.etag
         return self._store.put(key, data, if_absent=if_absent, if_match=if_match)
+
+
+def _beside(
+    tasks: Iterable[Task],
+    known: Callable[[Task], _Result | None],
+    done: Callable[[Iterable[Task]], list[_Result]],
+) -> list[_Result]:
+    """The results of all tasks in their order: what is ``known`` without the saver's help, and what it has ``done``."""
+    found: list[_Result | None] = []
+
+    def others() -> Iterator[Task]:
+        for task in tasks:
+            found.append(known(task))
+            if found[-1] is None:
+                yield task
+
+    left = iter(done(others()))
+    return [next(left) if each is None else each for each in found]
+
+
+def _hash_now(task: Task) -> str:
+    return hash_of(gathered(task)) if task.raw_hash is None else task.raw_hash()
 
 
 def _memory_file(size_bytes: int) -> int:

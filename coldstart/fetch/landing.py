@@ -1,0 +1,367 @@
+"""From the ring to the device: every chunk that fetchers hand over is copied to its place in an arena on a GPU, or decoded there.
+
+One thread takes what has been handed over, as much as has come by then, and queues it: copies on one stream, decoding on
+another, which waits on the device for the copies. It waits for nothing itself but for scratch. Two more threads wait for
+the GPU: one frees slots as soon as they were copied, so that fetchers go on, the other looks at what decoding gave. So
+reading, copying and decoding go on at the same time, and no chunk is waited for by itself.
+
+Chunks that belong to the host (files), and those that the GPU cannot decode, are put in place by this process' processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from coldstart.codecs import codec
+from coldstart.codecs.planes import Planes, planes_of
+from coldstart.codecs.planes_gpu import SMALLEST_BLOCK_BYTES, Encoded, Limits, PlanesDecoder
+from coldstart.devices.cuda import CudaArena
+from coldstart.devices.cuda_driver import Event, Stream
+from coldstart.devices.cuda_hashes import Hashes
+from coldstart.devices.cuda_memory import DeviceMemory
+from coldstart.errors import BlobCorruptError, CodecError, ColdstartError, DeviceError, SnapshotError
+from coldstart.manifest import blob_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from coldstart.codecs.planes_gpu import FrameDecoder
+    from coldstart.fetch.base import FetchRequest
+    from coldstart.fetch.ring import Filled, Ring
+    from coldstart.manifest import Chunk, Manifest
+
+PLANES = "planes+zstd"
+SCRATCHES = 2
+"""Batches that are on the device at once: while one is decoded, the next is copied."""
+MOST_BATCH_BYTES = 64 << 20
+"""Stored bytes of a batch at most: with those, as many raw bytes and nvCOMP's own scratch, twice, is all that it takes."""
+
+
+class Landing:
+    """All chunks of a manifest on their way from a ring into an arena. Begins at once, in threads of its own.
+
+    ``open_frames``: opens what decodes zstd frames on the GPU, called if there are any; None, or a CodecError of it, leaves
+    decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        arena: CudaArena,
+        ring: Ring,
+        *,
+        open_frames: Callable[[], FrameDecoder] | None,
+        verify_raw: bool = False,
+    ) -> None:
+        self.degraded: list[str] = []
+        self.error: BaseException | None = None
+        """What it ended with."""
+        self._manifest = manifest
+        self._arena = arena
+        self._ring = ring
+        self._open_frames = open_frames
+        self._frames: FrameDecoder | None = None
+        self._verify_raw = verify_raw
+        self._batch = max(1, min(ring.slots // 2, MOST_BATCH_BYTES // ring.slot_bytes))
+        self._taken: set[int] = set()
+        self._scratches: queue.SimpleQueue[_Scratch | None] = queue.SimpleQueue()
+        self._made: list[_Scratch] = []
+        self._is_short = False
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name=f"coldstart-landing-{manifest.name}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """After the fetch has ended: wait until all is in place. Raises CodecError, BlobCorruptError, DeviceError.
+
+        SnapshotError: it was cancelled.
+        """
+        self._ring.wake()
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        """Take nothing more; wait until nothing is under way."""
+        self._ring.stop()
+        self._scratches.put(None)
+        self._thread.join()
+
+    def _fail(self, error: BaseException) -> None:
+        """Note the first error, and let whoever fetches, or waits here, hear of the end."""
+        with self._lock:
+            self.error = self.error or error
+        self._ring.stop()
+        self._scratches.put(None)
+
+    def _run(self) -> None:
+        try:
+            self._land_all()
+        except BaseException as error:  # noqa: BLE001  raised again by wait(), in the thread that asked
+            self._fail(error)
+
+    def _land_all(self) -> None:
+        gpu = self._arena.gpu
+        host = ctypes.addressof(ctypes.c_char.from_buffer(self._ring.view))
+        pinned = self._pin(host)
+        copying, decoding = Stream(gpu), Stream(gpu)
+        copied, decoded = _Waiter("copied", self._fail), _Waiter("decoded", self._fail)
+        try:
+            self._prepare_decoding()  # in the shadow of the first reads
+            while group := self._ring.filled(self._batch):
+                self._land(group, host, copying, decoding, copied, decoded)
+        finally:
+            copied.end()
+            decoded.end()
+            for stream in (copying, decoding):
+                stream.drain()  # after an error something may be queued that nobody waits for, and its memory goes now
+                stream.end()
+            if pinned:
+                gpu.unpin(host)
+            for scratch in self._made:
+                scratch.end()
+        if self.error is None and len(self._taken) < len(self._manifest.chunks):
+            raise SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
+
+    def _pin(self, address: int) -> bool:
+        try:
+            self._arena.gpu.pin(address, len(self._ring.view))
+        except DeviceError as error:
+            self.degraded.append(f"copies to the GPU are slow, since memory could not be pinned: {error}")
+            return False
+        return True
+
+    def _land(
+        self,
+        group: Sequence[Filled],
+        host: int,
+        copying: Stream,
+        decoding: Stream,
+        copied: _Waiter,
+        decoded: _Waiter,
+    ) -> None:
+        """Queue a group. Its slots are free again when it is copied."""
+        batch = _Batch([], [], [])
+        stored: list[tuple[Filled, Chunk, Planes]] = []
+        for filled in group:
+            chunk = self._manifest.chunks[filled.chunk]
+            planes = self._planes(filled, chunk)
+            if filled.chunk in self._taken:  # a fetcher died, and another did its work again
+                self._ring.release([filled.slot])
+            elif not self._arena.is_on_device(chunk.segment) or (planes is None and not filled.is_raw):
+                self._place(filled, chunk)
+                self._ring.release([filled.slot])
+            else:
+                batch.slots.append(filled.slot)
+                if planes is None:
+                    copying.copy_in(self._target(chunk), host + filled.slot * self._ring.slot_bytes, chunk.length_bytes)
+                else:
+                    stored.append((filled, chunk, planes))
+                batch.chunks.append(chunk)
+            self._taken.add(filled.chunk)
+        if not batch.slots:
+            return
+        scratch = self._scratch() if stored or self._verify_raw else None
+        if scratch is not None:
+            for place, (filled, chunk, planes) in enumerate(stored):
+                address = scratch.stored_address(place * self._ring.slot_bytes)
+                copying.copy_in(address, host + filled.slot * self._ring.slot_bytes, chunk.stored_bytes)
+                item_bytes = self._manifest.segments[chunk.segment].item_bytes
+                batch.encoded.append(Encoded(address, self._target(chunk), chunk.length_bytes, item_bytes, planes))
+        event = Event(self._arena.gpu).record(copying)
+        if scratch is not None:
+            decoding.wait_for(event)
+            self._decode(batch, scratch, decoding)
+            decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
+        copied.add(event, partial(self._ring.release, batch.slots))
+
+    def _planes(self, filled: Filled, chunk: Chunk) -> Planes | None:
+        """The table of a chunk that the GPU is to decode; None for any other."""
+        if filled.is_raw or chunk.codec != PLANES or not self._arena.is_on_device(chunk.segment):
+            return None
+        block_bytes = chunk.parameters.get("block_bytes")
+        if type(block_bytes) is not int or block_bytes < SMALLEST_BLOCK_BYTES or self._frames is None:
+            return None
+        return planes_of(
+            self._ring.slot(filled.slot, chunk.stored_bytes),
+            chunk.length_bytes,
+            item_bytes=self._manifest.segments[chunk.segment].item_bytes,
+            parameters=chunk.parameters,
+        )
+
+    def _target(self, chunk: Chunk) -> int:
+        return self._arena.address(chunk.segment, chunk.offset_bytes, chunk.length_bytes)
+
+    def _place(self, filled: Filled, chunk: Chunk) -> None:
+        """Put a chunk in place without the GPU's help."""
+        if filled.is_raw:
+            raw = self._ring.slot(filled.slot, chunk.length_bytes)
+        else:
+            raw = memoryview(bytearray(chunk.length_bytes))
+            stored = self._ring.slot(filled.slot, chunk.stored_bytes)
+            item_bytes = self._manifest.segments[chunk.segment].item_bytes
+            codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
+        self._arena.place(chunk.segment, chunk.offset_bytes, raw)
+
+    # --- on the device -----------------------------------------------------------------------------------------------
+
+    def _prepare_decoding(self) -> None:
+        """Open what decodes on the GPU, with scratch for one batch, if there is anything for it to decode."""
+        if self._open_frames is None or not limits_of(self._manifest, 1).blocks:
+            return
+        try:
+            self._frames = self._open_frames()
+            self._scratches.put(self._new_scratch())
+        except (CodecError, DeviceError) as error:
+            self._frames = None
+            self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
+
+    def _scratch(self) -> _Scratch:
+        """Scratch that nothing is using: more is made while there are few and the GPU has room, then it is waited for."""
+        try:
+            scratch = self._scratches.get_nowait()
+        except queue.Empty:
+            if not self._is_short and len(self._made) < SCRATCHES:
+                try:
+                    return self._new_scratch()
+                except DeviceError:
+                    if not self._made:
+                        raise
+                    self._is_short = True
+            scratch = self._scratches.get()
+        if scratch is None:
+            raise self.error or SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
+        return scratch
+
+    def _new_scratch(self) -> _Scratch:
+        gpu, slot_bytes = self._arena.gpu, self._ring.slot_bytes
+        hashes = decoder = stored = None
+        if self._verify_raw:
+            hashes = Hashes(gpu, self._batch, max(chunk.length_bytes for chunk in self._manifest.chunks))
+        if self._frames is not None:
+            decoder = PlanesDecoder(gpu, self._frames, limits_of(self._manifest, self._batch))
+            stored = DeviceMemory(gpu, self._batch * slot_bytes)
+        self._made.append(_Scratch(stored, decoder, hashes))
+        return self._made[-1]
+
+    def _decode(self, batch: _Batch, scratch: _Scratch, decoding: Stream) -> None:
+        if scratch.decoder is not None:
+            scratch.decoder.decode(batch.encoded, decoding)
+        if scratch.hashes is not None:
+            ranges = [(self._target(chunk), chunk.length_bytes) for chunk in batch.chunks]
+            scratch.hashes.queue(ranges, decoding)
+
+    def _finish(self, batch: _Batch, scratch: _Scratch) -> None:
+        if scratch.decoder is not None:
+            scratch.decoder.check()
+        if scratch.hashes is not None:
+            for chunk, found in zip(batch.chunks, scratch.hashes.found(), strict=True):
+                if found != chunk.raw_hash:
+                    raise BlobCorruptError(
+                        f"a chunk in device memory is not what was captured: blob {chunk.blob}",
+                        key=blob_key(chunk.blob),
+                    )
+        self._scratches.put(scratch)
+
+
+class _Batch(NamedTuple):
+    """What is queued together: the slots it comes from, its chunks on the device, and those that are decoded there."""
+
+    slots: list[int]
+    chunks: list[Chunk]
+    encoded: list[Encoded]
+
+
+class _Scratch(NamedTuple):
+    """Device memory for one batch."""
+
+    stored: DeviceMemory | None
+    decoder: PlanesDecoder | None
+    hashes: Hashes | None
+
+    def stored_address(self, offset_bytes: int) -> int:
+        """A place for stored bytes."""
+        if self.stored is None:
+            raise CodecError("there is no scratch for chunks that were not announced")
+        return self.stored.address + offset_bytes
+
+    def end(self) -> None:
+        """Give all of it back."""
+        for part in self:
+            if part is not None:
+                part.end()
+
+
+class _Waiter:
+    """A thread that waits for one event after another, and does what is to be done then."""
+
+    def __init__(self, name: str, fail: Callable[[BaseException], None]) -> None:
+        self._queue: queue.SimpleQueue[tuple[Event, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._fail = fail
+        self._thread = threading.Thread(target=self._run, name=f"coldstart-landing-{name}", daemon=True)
+        self._thread.start()
+
+    def add(self, event: Event, action: Callable[[], None]) -> None:
+        """Do ``action`` when the event has come; the event is this one's from now on."""
+        self._queue.put((event, action))
+
+    def end(self) -> None:
+        """Wait until all is done."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            event, action = item
+            try:
+                event.wait()
+                action()
+            except (ColdstartError, OSError) as error:
+                self._fail(error)
+            finally:
+                event.end()
+
+
+def land(request: FetchRequest, ring: Ring) -> Landing:
+    """Begin to put what comes through ``ring`` into the arena of a request, which is on a GPU."""
+    assert isinstance(request.arena, CudaArena)
+    open_frames = _open_frames if PLANES in request.device_codecs else None
+    return Landing(request.manifest, request.arena, ring, open_frames=open_frames, verify_raw=request.verify_raw)
+
+
+def device_codecs() -> tuple[str, ...]:
+    """Codecs that GPUs decode here, as far as can be told without opening one: where nvCOMP is installed, those that need it."""
+    from coldstart.codecs.nvcomp import is_installed
+
+    return (PLANES,) if is_installed() else ()
+
+
+def _open_frames() -> FrameDecoder:
+    from coldstart.codecs.nvcomp import Nvcomp
+
+    return Nvcomp.load()
+
+
+def limits_of(manifest: Manifest, chunks: int) -> Limits:
+    """What a batch of so many of the manifest's chunks can have at most, of those that a GPU decodes."""
+    found = [
+        (chunk, manifest.segments[chunk.segment].item_bytes, int(chunk.parameters.get("block_bytes", 0)))
+        for chunk in manifest.chunks
+        if chunk.codec == PLANES and chunk.segment not in manifest.host_segments
+    ]
+    blocks = [
+        item_bytes * -(-(chunk.length_bytes // item_bytes) // block_bytes)
+        for chunk, item_bytes, block_bytes in found
+        if block_bytes >= SMALLEST_BLOCK_BYTES
+    ]
+    return Limits(
+        chunks,
+        chunks * max((chunk.stored_bytes for chunk, _, _ in found), default=0),
+        chunks * max((chunk.length_bytes for chunk, _, _ in found), default=0),
+        chunks * max(blocks, default=0),
+        max((min(block_bytes, chunk.length_bytes) for chunk, _, block_bytes in found), default=0),
+    )
