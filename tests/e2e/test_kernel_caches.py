@@ -199,6 +199,25 @@ def test_start_fails_with_them(kernels: Project) -> None:
     assert kernels.run().output["hits"] == [HIT]
 
 
+def test_proof_fails_with_them(tmp_path: Path) -> None:
+    """Where a fresh process cannot go on with the kernels, the generation is published without, and adding them is given up."""
+    project = Project(tmp_path)
+    guard = '        if HITS[-1][0] and ".proof-" in SEEN["CUPY_CACHE_DIR"]:\n            raise RuntimeError("no such image")\n'
+    project.write(KERNELS.replace("HITS.append(compile_all(name))\n", "HITS.append(compile_all(name))\n" + guard))
+    write_kernels(project, "a")
+    first = project.run()
+    assert first.capture["published"], first.capture
+    assert list(roots(project)) == []
+    moved(project, 1)
+    second = project.run()
+    assert (second.kind, second.output["hits"], second.capture["published"]) == ("restored", [MISS], False)
+    assert "no such image" in second.capture["reason"]
+    moved(project, 2)
+    third = project.run()
+    assert third.capture["reason"].startswith("kernel caches were tried before: ")
+    assert third.output["sum"] == 1000.0
+
+
 def test_remote_store(tmp_path: Path, s3_bucket: str, s3_options: StoreOptions) -> None:
     """Of a remote store kernels are kept where snapshots are signed, and not where they are not."""
     project = Project(tmp_path)
