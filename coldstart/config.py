@@ -121,9 +121,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting(
         "codec",
-        kinds.choice("auto", "raw", "zstd", "planes+zstd"),
+        kinds.choice("auto", "raw", "zstd", "planes+zstd", "nvcomp-ans"),
         "auto",
-        "how chunks are stored; auto: by a sample of each segment",
+        "how chunks are stored; auto: by a sample of each segment; nvcomp-ans: so too, and for GPUs as ANS besides",
     ),
     _setting("zstd_level", kinds.whole(1, 19), 1, "effort of the zstd codec"),
     _setting("skip_phases", kinds.phases(), (), "phases of a start to leave out"),

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
-KNOWN_FEATURES: frozenset[str] = frozenset()
+FORMS = "forms"
+"""What a manifest with ``forms`` requires: a collector that does not know of their blobs would delete them."""
+KNOWN_FEATURES: frozenset[str] = frozenset({FORMS})
 """Words that a manifest may list in ``requires``. A reader that does not know one must not use the snapshot."""
 
 SEGMENT_ALIGNMENT_BYTES = 256
@@ -95,6 +97,25 @@ class Chunk(NamedTuple):
     parameters: Mapping[str, int | str]
     blob: str
     stored_bytes: int
+
+
+class Form(NamedTuple):
+    """A further stored form of a chunk, for devices that decode it; in the chunk's own form every machine can read it.
+
+    ``chunk`` is the chunk's index; the rest says of this form what a ``Chunk`` says of its own.
+    """
+
+    chunk: int
+    codec: str
+    parameters: Mapping[str, int | str]
+    blob: str
+    stored_bytes: int
+
+    def of(self, chunk: Chunk) -> Chunk:
+        """The chunk, stored in this form instead."""
+        return chunk._replace(
+            codec=self.codec, parameters=self.parameters, blob=self.blob, stored_bytes=self.stored_bytes
+        )
 
 
 class Buffer(NamedTuple):
@@ -202,6 +223,8 @@ class Manifest(NamedTuple):
     """Which pools are arrays. Not written where there are none, and so in no manifest of before there were any."""
     host_segments: tuple[int, ...] = ()
     """Of a device with memory of its own: the segments that belong into the host's (files, arrays that were there), rising."""
+    forms: tuple[Form, ...] = ()
+    """At most one for each chunk, in the order of the chunks."""
 
     @property
     def raw_bytes(self) -> int:
@@ -210,8 +233,14 @@ class Manifest(NamedTuple):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that a worker fetches; a blob named by several chunks counts once."""
+        """Bytes that a worker fetches; a blob named by several chunks counts once, and forms, fetched instead, do not."""
         return sum({chunk.blob: chunk.stored_bytes for chunk in self.chunks}.values())
+
+    @property
+    def blobs(self) -> dict[str, int]:
+        """Every blob that the generation names, those of forms too, with its length: what is live as long as it is."""
+        named: tuple[Chunk | Form, ...] = (*self.chunks, *self.forms)
+        return {each.blob: each.stored_bytes for each in named}
 
 
 class Published(NamedTuple):
@@ -323,6 +352,9 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     del document["extra"]
     if not document["host_segments"]:
         del document["host_segments"]
+    del document["forms"]
+    if manifest.forms:
+        document["forms"] = _FORMS.columns(manifest.forms)
     document = {**manifest.extra, **document}
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
@@ -390,12 +422,14 @@ def manifest_from_json(data: bytes) -> Manifest:
         signature=fields.text("signature"),
         pool_arrays=_pool_arrays(fields),
         host_segments=_host_segments(fields, len(tables["segments"])),
+        forms=_FORMS.rows(fields.take("forms", dict), "forms") if "forms" in fields.document else (),
         extra=fields.rest(),
         **tables,
     )
     _check_depth([manifest.tree, *manifest.programs, manifest.extra])
     _check_segments(manifest)
     _check_chunks(manifest)
+    _check_forms(manifest)
     _check_buffers(manifest)
     _check_leaves(manifest)
     _check_files(manifest)
@@ -757,6 +791,12 @@ _POOL_ARRAYS = _Table(
     {"name": _texts, "framework": _texts, "dtype": _texts, "shape": _shapes, "paths": _text_lists},
 )
 
+_FORMS = _Table(
+    Form,
+    MAX_CHUNKS,
+    {"chunk": _counts, "codec": _texts, "parameters": _mappings, "blob": _hashes, "stored_bytes": _counts},
+)
+
 
 def _check_segments(manifest: Manifest) -> None:
     if manifest.raw_bytes > MAX_TOTAL_BYTES:
@@ -782,7 +822,20 @@ def _check_chunks(manifest: Manifest) -> None:
     segment, _ = _skip_full(manifest, segment, position)
     if segment != len(manifest.segments):
         raise ManifestError(f"the chunks do not cover segment {segment}")
-    if len({(chunk.blob, chunk.stored_bytes) for chunk in manifest.chunks}) != len({c.blob for c in manifest.chunks}):
+
+
+def _check_forms(manifest: Manifest) -> None:
+    """Forms are of chunks that there are, one each and in order; and no blob, theirs or a chunk's, has two lengths."""
+    if manifest.forms and FORMS not in manifest.requires:
+        raise ManifestError(f"the manifest has forms and does not require {FORMS!r}")
+    before = -1
+    for form in manifest.forms:
+        if not before < form.chunk < len(manifest.chunks):
+            raise ManifestError(f"a form is of chunk {form.chunk}, which is not there or has one before")
+        before = form.chunk
+        _check_chunk_size(form.chunk, form.of(manifest.chunks[form.chunk]))
+    named: tuple[Chunk | Form, ...] = (*manifest.chunks, *manifest.forms)
+    if len({(each.blob, each.stored_bytes) for each in named}) != len({each.blob for each in named}):
         raise ManifestError("a blob is said to have two lengths")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstart import events
+from coldstart.codecs import check_setting
 from coldstart.config import read_variable, redactor
 from coldstart.context import Context, Declared
 from coldstart.devices import pick
@@ -82,6 +83,7 @@ class Parts:
         self._services = services
         self._timeline = timeline
         self.device = pick(services.settings.device)
+        check_setting(services.settings.codec, self.device.type)
         self.open_repository = early.opener if early else opener_of_start(definition.name, services)
         self.pools = Pools(definition.name, self.device, timeline, services.bus)
         self._loader = Loader(definition, timeline, loops, self._make_context, self.pools, gpu=self.device.ordinal)

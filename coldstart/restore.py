@@ -34,12 +34,12 @@ from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.frameworks import arrays, bind, rebuild
-from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
+from coldstart.kernel_caches.merging import is_of_kernels
 from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
-from coldstart.plan import needed
+from coldstart.plan import in_forms, needed
 from coldstart.programs.record import chosen, consumer_of
 from coldstart.quarantine import Quarantine
 from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
@@ -278,7 +278,7 @@ class Restoration:
         whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         program = chosen(whole.programs, request.programs)
         kernels = request.kernels_consumer
-        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
+        manifest = self._needed(whole, program, kernels)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
@@ -299,7 +299,7 @@ class Restoration:
         except (StoreError, SnapshotError) as error:
             if not is_of_kernels(manifest, kernels, error.key or ""):
                 raise
-            manifest, unread = self._without_kernels(manifest), _reason(error)
+            manifest, unread = self._without_kernels(whole, program), _reason(error)
             arena, report = self._fetched(repository, manifest, key)
         placed = self._place_kernels(whole, manifest, arena, unread)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
@@ -313,12 +313,17 @@ class Restoration:
         restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
         return restored._replace(replica_reads=replica_reads, kernels=placed)
 
-    def _without_kernels(self, manifest: Manifest) -> Manifest:
+    def _needed(self, whole: Manifest, program: Program | None, kernels: str) -> Manifest:
+        """What this start fetches of a generation, in the forms that its device decodes."""
+        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
+        return manifest if self._way is None else in_forms(manifest, self._way.device_codecs)
+
+    def _without_kernels(self, whole: Manifest, program: Program | None) -> Manifest:
         """The manifest to go on with where nothing but a kernel cache is bad: fetched again, by somebody who knows of it."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.end()
-        self._manifest = without_kernels(manifest)
+        self._manifest = self._needed(whole, program, "")
         return self._manifest
 
     def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena, unread: str) -> Placed:

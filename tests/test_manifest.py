@@ -24,6 +24,7 @@ from coldstart.manifest import (
     Buffer,
     Chunk,
     FileEntry,
+    Form,
     KeyRecord,
     Leaf,
     Manifest,
@@ -178,6 +179,31 @@ def test_pool_arrays_golden_bytes():
     assert set(json.loads(golden)) - set(json.loads(manifest_to_json(MANIFEST))) == {"pool_arrays"}
 
 
+WITH_FORMS = MANIFEST._replace(
+    device_type="cuda",
+    requires=("forms",),
+    host_segments=(3,),
+    forms=(
+        Form(0, "nvcomp-ans/6", {"block_bytes": 524288, "nvcomp": "6.0.0"}, "2" * 64, 700),
+        Form(2, "nvcomp-ans/6", {"block_bytes": 524288, "nvcomp": "6.0.0"}, "3" * 64, 310),
+    ),
+)
+
+
+def test_manifest_with_forms_golden_bytes():
+    """A generation for a GPU, with chunks in a further form, is written and read as it was the first time."""
+    golden = (GOLDEN / "manifest-v1-forms.json").read_bytes()
+    assert manifest_to_json(WITH_FORMS) == golden
+    assert manifest_from_json(golden) == WITH_FORMS
+
+
+def test_blobs_are_those_of_chunks_and_of_forms():
+    """What a generation names is told with lengths, both forms of a chunk; what a worker fetches is one of them."""
+    assert WITH_FORMS.blobs == {**MANIFEST.blobs, "2" * 64: 700, "3" * 64: 310}
+    assert MANIFEST.blobs == {chunk.blob: chunk.stored_bytes for chunk in MANIFEST.chunks}
+    assert WITH_FORMS.stored_bytes == MANIFEST.stored_bytes
+
+
 def test_ref_golden_bytes():
     """The bytes of a version 1 ref never change, and read back as what was written."""
     golden = (GOLDEN / "ref-v1.json").read_bytes()
@@ -278,6 +304,7 @@ def test_file_names_that_are_not(name):
 
 
 DOCUMENT = json.loads(manifest_to_json(MANIFEST))
+FORMS_DOCUMENT = json.loads(manifest_to_json(WITH_FORMS))
 REFERENCE = json.loads(ref_to_json(REF))
 
 HOSTILE_REFS = {
@@ -434,6 +461,16 @@ HOSTILE_MANIFESTS = {
     "chunk stored in nothing": spoil(DOCUMENT, "chunks.stored_bytes.1", 0),
     "chunk stored in a tebibyte": spoil(DOCUMENT, "chunks.stored_bytes.1", 1 << 40),
     "blob of two lengths": spoil(DOCUMENT, "chunks.blob.1", "b" * 64),
+    "forms that are not required": spoil(FORMS_DOCUMENT, "requires", []),
+    "forms that are a list": spoil(FORMS_DOCUMENT, "forms", []),
+    "form of no chunk": spoil(FORMS_DOCUMENT, "forms.chunk.1", 4),
+    "two forms of a chunk": spoil(FORMS_DOCUMENT, "forms.chunk.1", 0),
+    "forms out of order": spoil(FORMS_DOCUMENT, "forms.chunk", [2, 0]),
+    "form stored in nothing": spoil(FORMS_DOCUMENT, "forms.stored_bytes.0", 0),
+    "form stored in a tebibyte": spoil(FORMS_DOCUMENT, "forms.stored_bytes.0", 1 << 40),
+    "form's blob that is a chunk's of another length": spoil(FORMS_DOCUMENT, "forms.blob.0", "b" * 64),
+    "form's blob that climbs": spoil(FORMS_DOCUMENT, "forms.blob.0", "../../" + "d" * 58),
+    "form with a column too many": spoil(FORMS_DOCUMENT, "forms.colour", ["red", "red"]),
     "blob that climbs": spoil(DOCUMENT, "chunks.blob.1", "../../" + "d" * 58),
     "blob in capitals": spoil(DOCUMENT, "chunks.blob.1", "D" * 64),
     "hash with a line end": spoil(DOCUMENT, "chunks.raw_hash.1", "c" * 64 + "\n"),

@@ -19,6 +19,7 @@ from coldstart.manifest import (
     Buffer,
     Chunk,
     FileEntry,
+    Form,
     KeyRecord,
     Leaf,
     Manifest,
@@ -136,6 +137,14 @@ class Chunks(Table):
     stored_bytes: list[Annotated[Count, Field(ge=1)]]
 
 
+class Forms(Table):
+    chunk: list[Count]
+    codec: list[Text]
+    parameters: list[Parameters]
+    blob: list[Hash]
+    stored_bytes: list[Annotated[Count, Field(ge=1)]]
+
+
 class Pools(Table):
     name: list[Text]
     kind: list[Kind]
@@ -186,9 +195,10 @@ class Oracle(BaseModel):
     platform: dict[Utf8, Utf8]
     provenance: dict[Utf8, Utf8]
     warmup_digests: list[Text] = Field(max_length=4096)
-    requires: list[Text] = Field(max_length=0)
+    requires: list[Literal["forms"]] = Field(max_length=4096)
     signature: Text
     pool_arrays: PoolArrays = PoolArrays(name=[], framework=[], dtype=[], shape=[], paths=[])
+    forms: Forms = Forms(chunk=[], codec=[], parameters=[], blob=[], stored_bytes=[])
 
     @model_validator(mode="after")
     def whole(self):
@@ -197,6 +207,8 @@ class Oracle(BaseModel):
         assert depth(self.__pydantic_extra__) <= 200
         assert self.parent == "" or manifest_name(self.parent) == self.name
         check_tiles(self.chunks.rows(), lengths)
+        check_forms(self.forms.rows(), self.chunks.rows())
+        assert "forms" in self.requires or not self.forms.chunk
         check_held([*self.buffers.rows(), *self.files.rows()], lengths)
         assert len(set(self.buffers.name)) == len(self.buffers.name)
         check_leaves(self.leaves.rows(), self.buffers.length_bytes)
@@ -267,6 +279,18 @@ def check_tiles(chunks: list[dict], lengths: list[int]) -> None:
     for chunk in chunks:
         assert chunk["stored_bytes"] <= chunk["length_bytes"] + chunk["length_bytes"] // 8 + (64 << 10)
         assert all(other["stored_bytes"] == chunk["stored_bytes"] for other in chunks if other["blob"] == chunk["blob"])
+
+
+def check_forms(forms: list[dict], chunks: list[dict]) -> None:
+    """Each form is of a chunk that there is and that has no other, in their order, and its blob has one length."""
+    numbers = [form["chunk"] for form in forms]
+    assert numbers == sorted(set(numbers))
+    for form in forms:
+        length = chunks[form["chunk"]]["length_bytes"] if form["chunk"] < len(chunks) else 0
+        assert length > 0
+        assert form["stored_bytes"] <= length + length // 8 + (64 << 10)
+        for other in (*forms, *chunks):
+            assert other["blob"] != form["blob"] or other["stored_bytes"] == form["stored_bytes"]
 
 
 def check_held(holders: list[dict], lengths: list[int]) -> None:
@@ -367,6 +391,11 @@ def manifests(draw) -> Manifest:
                 Chunk(number, begin, length, draw(hashes), draw(texts), parameters, f"{len(chunks):064x}", stored)
             )
             begin += length
+    forms = [
+        Form(number, draw(texts), {}, f"{1000 + number:064x}", draw(st.integers(1, 1 + chunk.length_bytes // 2)))
+        for number, chunk in enumerate(chunks)
+        if draw(st.booleans())
+    ]
     leaves = [draw(leaf_of(buffers, f"leaf{number}")) for number in range(draw(st.integers(0, 4)))]
     leaves += [
         leaf._replace(path=f"{leaf.path}.tied", role=draw(texts), same_as=leaf.path)
@@ -393,10 +422,11 @@ def manifests(draw) -> Manifest:
         platform=draw(st.dictionaries(texts, texts, max_size=2)),
         provenance=draw(st.dictionaries(texts, texts, max_size=2)),
         warmup_digests=tuple(draw(st.lists(texts, max_size=2))),
-        requires=(),
+        requires=("forms",) if forms else (),
         signature=draw(texts),
         extra=draw(st.dictionaries(texts.map("x-{}".format), texts, max_size=2)),
         pool_arrays=draw(st.sampled_from([(), (PoolArray("p1", "torch", "int8", (1,), ("cache",)),)])),
+        forms=tuple(forms),
     )
 
 

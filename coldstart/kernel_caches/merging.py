@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coldstart.kernel_caches.kinds import KERNELS_ROOT
 from coldstart.kernel_caches.record import roots_of
 
 if TYPE_CHECKING:
@@ -26,20 +25,6 @@ def is_of_kernels(manifest: Manifest, consumer: str, key: str) -> bool:
     blob = key.rpartition("/")[2]
     users = {manifest.segments[chunk.segment].consumer for chunk in manifest.chunks if chunk.blob == blob}
     return bool(consumer) and users == {consumer}
-
-
-def without_kernels(manifest: Manifest) -> Manifest:
-    """What a start needs of a generation but for kernels; indices of segments stay."""
-    drops = {index for index, segment in enumerate(manifest.segments) if segment.consumer.startswith(KERNELS_ROOT)}
-    segments = tuple(
-        segment._replace(length_bytes=0) if index in drops else segment
-        for index, segment in enumerate(manifest.segments)
-    )
-    return manifest._replace(
-        segments=segments,
-        files=tuple(entry for entry in manifest.files if entry.segment not in drops),
-        chunks=tuple(chunk for chunk in manifest.chunks if chunk.segment not in drops),
-    )
 
 
 def with_record(manifest: Manifest, packed: Packed | None) -> Manifest:
@@ -91,12 +76,16 @@ _OF_THE_STATE = (
 def _appended(manifest: Manifest, parent: Manifest, taken: Sequence[int]) -> Manifest:
     """The manifest with these segments of the parent's behind its own, and the files in them."""
     places = {old: len(manifest.segments) + new for new, old in enumerate(taken)}
+    held = [index for index, chunk in enumerate(parent.chunks) if chunk.segment in places]
+    numbers = {old: len(manifest.chunks) + new for new, old in enumerate(held)}
+    moved = [parent.chunks[index] for index in held]
+    forms = tuple(form._replace(chunk=numbers[form.chunk]) for form in parent.forms if form.chunk in numbers)
     return manifest._replace(
         segments=manifest.segments + tuple(parent.segments[index] for index in taken),
-        chunks=manifest.chunks
-        + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in parent.chunks if chunk.segment in places),
+        chunks=manifest.chunks + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in moved),
         files=manifest.files
         + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
         host_segments=manifest.host_segments
         + tuple(places[index] for index in parent.host_segments if index in places),
+        forms=manifest.forms + forms,
     )

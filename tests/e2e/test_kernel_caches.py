@@ -79,8 +79,9 @@ def moved(project: Project, number: int) -> None:
 
 
 def roots(project: Project) -> dict[str, int]:
-    """The platforms in the newest manifest, with the number of their files."""
-    manifest = json.loads(max(project.objects("manifests")).read_bytes())
+    """The platforms in the current manifest, with the number of their files."""
+    key = json.loads(project.ref("kernels").read_bytes())["manifest"]
+    manifest = json.loads((project.store / key).read_bytes())
     found: dict[str, int] = {}
     for root in manifest["files"]["root"]:
         found[root] = found.get(root, 0) + root.startswith("kernels_")

@@ -59,7 +59,9 @@ class FakeMachine:
         arena = self.arena(manifest)
         ring = Ring.make(*shape_of(manifest, ring_bytes))
         wants_raw = bool(request.get("verify_raw"))
-        landing = Landing(manifest, arena, ring, open_frames=open_frames or self.frames, verify_raw=wants_raw)
+        landing = Landing(
+            manifest, arena, ring, open_frames=open_frames or self.frames, verify_raw=wants_raw, store=store
+        )
         wanted = FetchRequest(
             manifest, store, None, threads, 64 << 20, ring=ring, device_codecs=device_codecs, **request
         )
