@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart import others, plan
-from coldstart.capture_forms import Forms, save_forms
+from coldstart.capture_forms import Forms, Known, save_forms
 from coldstart.capture_sources import files_of, is_replaced, sources_of
 from coldstart.codecs import ANS, FOR_DEVICES, check_setting
 from coldstart.commit import confirm, has_to_settle
@@ -71,11 +71,11 @@ class Capture(NamedTuple):
     """A program to be stored with it, for this platform; those of other platforms are kept as the parent has them."""
     outside: Callable[[str], bool] | None = None
     """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
-    kernels: Packed | None = None
-    """Kernel caches that this start has added; those that the parent has are kept."""
     pools: tuple[Pool, ...] = ()
     """Memory beside the state, which is listed and not stored; and which of it are arrays."""
     pool_arrays: tuple[PoolArray, ...] = ()
+    kernels: Packed | None = None
+    """Kernel caches that this start has added; those that the parent has are kept."""
 
 
 class Encoding(NamedTuple):
@@ -152,25 +152,23 @@ class Writing:
         key = self.saver.repository.put_manifest(manifest)
         stored = (*saved, *forms.saved)
         written_bytes = sum(found.stored_bytes for found in stored if found.is_written)
-        reused_bytes = sum(found.stored_bytes for found in stored if not found.is_written) + forms.reused_bytes
+        reused_bytes = sum(found.stored_bytes for found in stored if not found.is_written)
         self._written_seconds = time.monotonic()
         unsettled = frozenset(found.blob for found in stored if not found.is_settled)
         return Written(manifest, key, written_bytes, reused_bytes, unsettled)
 
     def _save_forms(self, saved: Sequence[Saved], pace: Callable[[], None]) -> Forms:
-        """The forms of chunks in device memory: those of the parent where its blobs are sure to stay, else new ones."""
+        """The forms of chunks in device memory, if there are to be any."""
         if not self._has_forms:
             return Forms()
         parent, terms = self._capture.parent, self._terms
-        known = {}
-        if parent is not None and terms.known_stays and terms.known:
-            known = plan.known_forms(parent, FOR_DEVICES[0])
+        forms = plan.known_forms(parent, FOR_DEVICES[0]) if parent is not None and terms.known else {}
         chunks = {
             index: (extent, self._layout.segments[extent.segment].item_bytes, found)
             for index, (extent, found) in enumerate(zip(self._layout.chunks, saved, strict=True))
             if self._chunks.is_on_device(extent)
         }
-        return save_forms(chunks, known, self._chunks.encoded, self.saver, pace)
+        return save_forms(chunks, Known(forms, terms.known_stays), self._chunks.encoded, self.saver, pace)
 
     def confirm(self, written: Written) -> None:
         """Look at what was written once more, just before the ref moves; see ``coldstart.commit``, and its errors.

@@ -254,7 +254,7 @@ def restoration_of(
         programs=programs,
         fresh=settings.fresh,
         recovery=settings.recovery,
-        kernels=kernels,
         ring_bytes=settings.pinned_bytes,
+        kernels=kernels,
     )
     return Restoration(request, services.bus)

@@ -11,16 +11,18 @@ Arithmetic only. The aim is that what did not change keeps its bytes in chunks t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from zlib import crc32
 
 from coldstart.codecs import NAMES
-from coldstart.manifest import NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Form, Segment
+from coldstart.manifest import FORMS, NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Buffer, Chunk, FileEntry, Form, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from coldstart.manifest import Chunk, Leaf, Manifest
+    from coldstart.manifest import Leaf, Manifest
+
+_Holder = TypeVar("_Holder", Chunk, Buffer, FileEntry)
 
 MIN_CHUNK_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 16 << 20
@@ -163,7 +165,11 @@ def needed(manifest: Manifest, program_consumer: str = "", kernels_consumer: str
     wanted = {BOTH, FILES, program_consumer} if program_consumer else {EAGER, BOTH, FILES, LOAD}
     if kernels_consumer:
         wanted.add(kernels_consumer)
-    drops = [segment.consumer not in wanted for segment in manifest.segments]
+    return without(manifest, [segment.consumer not in wanted for segment in manifest.segments])
+
+
+def without(manifest: Manifest, drops: Sequence[bool]) -> Manifest:
+    """The manifest without what is in some segments, which stay in their places without bytes. ``drops``: one for each."""
     if not any(drops):
         return manifest
     segments = tuple(
@@ -182,6 +188,32 @@ def needed(manifest: Manifest, program_consumer: str = "", kernels_consumer: str
         chunks=tuple(manifest.chunks[index] for index in kept_chunks),
         forms=tuple(form._replace(chunk=numbers[form.chunk]) for form in manifest.forms if form.chunk in numbers),
     )
+
+
+def with_segments_of(manifest: Manifest, parent: Manifest, taken: Collection[int]) -> Manifest:
+    """The manifest with some of the parent's segments behind its own.
+
+    All that lies in them comes along: chunks in every form, buffers and files. No byte is read.
+    """
+    segments = sorted(taken)
+    places = {old: len(manifest.segments) + new for new, old in enumerate(segments)}
+    chunks = [index for index, chunk in enumerate(parent.chunks) if chunk.segment in places]
+    numbers = {old: len(manifest.chunks) + new for new, old in enumerate(chunks)}
+    forms = tuple(form._replace(chunk=numbers[form.chunk]) for form in parent.forms if form.chunk in numbers)
+    return manifest._replace(
+        segments=manifest.segments + tuple(parent.segments[index] for index in segments),
+        chunks=manifest.chunks + tuple(_moved(parent.chunks[index], places) for index in chunks),
+        buffers=manifest.buffers + tuple(_moved(each, places) for each in parent.buffers if each.segment in places),
+        files=manifest.files + tuple(_moved(each, places) for each in parent.files if each.segment in places),
+        host_segments=manifest.host_segments
+        + tuple(places[index] for index in parent.host_segments if index in places),
+        forms=manifest.forms + forms,
+        requires=manifest.requires if not forms or FORMS in manifest.requires else (*manifest.requires, FORMS),
+    )
+
+
+def _moved(holder: _Holder, places: Mapping[int, int]) -> _Holder:
+    return holder._replace(segment=places[holder.segment])
 
 
 def _leaves_in(leaves: Sequence[Leaf], places: Mapping[int, int]) -> tuple[Leaf, ...]:

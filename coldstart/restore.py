@@ -34,7 +34,7 @@ from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.frameworks import arrays, bind, rebuild
-from coldstart.kernel_caches.merging import is_of_kernels
+from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
 from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
@@ -83,10 +83,10 @@ class Request(NamedTuple):
     """Ids of the programs that this start can run and may, the preferred one first."""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
-    kernels: Kernels | None = None
-    """Where this process keeps compiled kernels, and which of the snapshot it may take."""
     ring_bytes: int = RING_BYTES
     """Pinned host memory through which chunks reach a device with memory of its own."""
+    kernels: Kernels | None = None
+    """Where this process keeps compiled kernels, and which of the snapshot it may take."""
     recovery: str = "standard"
     """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
 
@@ -278,11 +278,13 @@ class Restoration:
         whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         program = chosen(whole.programs, request.programs)
         kernels = request.kernels_consumer
-        manifest = self._needed(whole, program, kernels)
+        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
+        if self._way is not None:
+            manifest = in_forms(manifest, self._way.device_codecs)
         self._manifest, self._program = manifest, program
         ahead_seconds = 0.0 if self._ahead is None else self._ahead.found_monotonic_seconds(key)
         self.found_monotonic_seconds = ahead_seconds or time.monotonic()
@@ -299,7 +301,7 @@ class Restoration:
         except (StoreError, SnapshotError) as error:
             if not is_of_kernels(manifest, kernels, error.key or ""):
                 raise
-            manifest, unread = self._without_kernels(whole, program), _reason(error)
+            manifest, unread = self._without_kernels(manifest), _reason(error)
             arena, report = self._fetched(repository, manifest, key)
         placed = self._place_kernels(whole, manifest, arena, unread)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
@@ -313,17 +315,12 @@ class Restoration:
         restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
         return restored._replace(replica_reads=replica_reads, kernels=placed)
 
-    def _needed(self, whole: Manifest, program: Program | None, kernels: str) -> Manifest:
-        """What this start fetches of a generation, in the forms that its device decodes."""
-        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
-        return manifest if self._way is None else in_forms(manifest, self._way.device_codecs)
-
-    def _without_kernels(self, whole: Manifest, program: Program | None) -> Manifest:
+    def _without_kernels(self, manifest: Manifest) -> Manifest:
         """The manifest to go on with where nothing but a kernel cache is bad: fetched again, by somebody who knows of it."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.end()
-        self._manifest = self._needed(whole, program, "")
+        self._manifest = without_kernels(manifest)
         return self._manifest
 
     def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena, unread: str) -> Placed:

@@ -60,7 +60,9 @@ def _served(made: Made, gpu: Gpu, bytes_per_second: float, times: int) -> dict[s
         )
         url = "s3://bucket"
         remote = made._replace(store=open_store(url, options), address=Address(url, options))
-        return _row(remote, gpu, f"loopback, {bytes_per_second / 1e9:g} GB/s" if bytes_per_second else "loopback", times)
+        return _row(
+            remote, gpu, f"loopback, {bytes_per_second / 1e9:g} GB/s" if bytes_per_second else "loopback", times
+        )
 
 
 def _row(made: Made, gpu: Gpu, place: str, times: int, *, on_gpu: bool = True) -> dict[str, Any]:

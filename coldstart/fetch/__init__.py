@@ -52,8 +52,8 @@ def look_ahead(
     *,
     engine: str,
     programs: Sequence[str] = (),
-    kernels: str = "",
     way: RingWay | None = None,
+    kernels: str = "",
 ) -> LookAhead | None:
     """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to.
 

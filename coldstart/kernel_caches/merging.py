@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from coldstart.kernel_caches.kinds import KERNELS_ROOT
 from coldstart.kernel_caches.record import roots_of
+from coldstart.plan import with_segments_of, without
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from coldstart.kernel_caches.packing import Packed
     from coldstart.manifest import Manifest
 
@@ -25,6 +25,11 @@ def is_of_kernels(manifest: Manifest, consumer: str, key: str) -> bool:
     blob = key.rpartition("/")[2]
     users = {manifest.segments[chunk.segment].consumer for chunk in manifest.chunks if chunk.blob == blob}
     return bool(consumer) and users == {consumer}
+
+
+def without_kernels(manifest: Manifest) -> Manifest:
+    """What a start needs of a generation but for kernels; indices of segments stay."""
+    return without(manifest, [segment.consumer.startswith(KERNELS_ROOT) for segment in manifest.segments])
 
 
 def with_record(manifest: Manifest, packed: Packed | None) -> Manifest:
@@ -41,51 +46,22 @@ def with_kernels_of(manifest: Manifest, parent: Manifest) -> Manifest:
     kept = {*[root for root in roots_of(parent) if root in own], *others[: MOST_PLATFORMS - max(1, len(own))]}
     records = {root: text for root, text in parent.platform.items() if root in kept}
     taken = [index for index, segment in enumerate(parent.segments) if segment.consumer in kept]
-    merged = _appended(manifest, parent, taken)
-    return merged._replace(platform={**records, **manifest.platform})
+    return with_segments_of(manifest, parent, taken)._replace(platform={**records, **manifest.platform})
 
 
 def as_addition_to(parent: Manifest, small: Manifest) -> Manifest:
     """The parent as a generation of its own, with the files of ``small``, whose number and origin it has, before its own."""
     base = with_kernels_of(small._replace(programs=()), parent)
-    kernels = roots_of(parent)
-    rest = [index for index, segment in enumerate(parent.segments) if segment.consumer not in kernels]
-    places = {old: len(base.segments) + new for new, old in enumerate(rest)}
-    return _appended(base, parent, rest)._replace(
+    rest = [index for index, segment in enumerate(parent.segments) if segment.consumer not in roots_of(parent)]
+    return with_segments_of(base, parent, rest)._replace(
         rung=parent.rung,
-        buffers=tuple(buffer._replace(segment=places[buffer.segment]) for buffer in parent.buffers),
-        **{field: getattr(parent, field) for field in _OF_THE_STATE},
-    )
-
-
-_OF_THE_STATE = (
-    "leaves",
-    "pools",
-    "pool_arrays",
-    "tree",
-    "modules",
-    "programs",
-    "warmup_digests",
-    "provenance",
-    "requires",
-    "extra",
-)
-"""What a generation that only adds kernels has as its parent has it."""
-
-
-def _appended(manifest: Manifest, parent: Manifest, taken: Sequence[int]) -> Manifest:
-    """The manifest with these segments of the parent's behind its own, and the files in them."""
-    places = {old: len(manifest.segments) + new for new, old in enumerate(taken)}
-    held = [index for index, chunk in enumerate(parent.chunks) if chunk.segment in places]
-    numbers = {old: len(manifest.chunks) + new for new, old in enumerate(held)}
-    moved = [parent.chunks[index] for index in held]
-    forms = tuple(form._replace(chunk=numbers[form.chunk]) for form in parent.forms if form.chunk in numbers)
-    return manifest._replace(
-        segments=manifest.segments + tuple(parent.segments[index] for index in taken),
-        chunks=manifest.chunks + tuple(chunk._replace(segment=places[chunk.segment]) for chunk in moved),
-        files=manifest.files
-        + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
-        host_segments=manifest.host_segments
-        + tuple(places[index] for index in parent.host_segments if index in places),
-        forms=manifest.forms + forms,
+        leaves=parent.leaves,
+        pools=parent.pools,
+        pool_arrays=parent.pool_arrays,
+        tree=parent.tree,
+        modules=parent.modules,
+        programs=parent.programs,
+        warmup_digests=parent.warmup_digests,
+        provenance=parent.provenance,
+        extra=parent.extra,
     )

@@ -13,9 +13,12 @@ import pytest
 from coldstart.capture import Encoding, write_generation
 from coldstart.errors import BlobCorruptError
 from coldstart.fetch import Address
+from coldstart.fetch.landing import ANS, PLANES
 from coldstart.frameworks import arrays, bind, rebuild, survey
 from coldstart.manifest import manifest_from_json, manifest_to_json
+from coldstart.plan import in_forms
 from coldstart.repository import Repository
+from coldstart.save import device_forms
 from coldstart.stores import StoreOptions
 from coldstart.stores.local import LocalStore
 from coldstart.stores.memory import MemoryStore
@@ -231,17 +234,38 @@ class CaptureContract:
                 assert bytes(found(leaf.buffer))[begin : begin + array.nbytes] == array.tobytes(), leaf.path
 
     @pytest.mark.parametrize("codec", CODECS)
-    def test_both_devices_store_the_same_blobs(self, machine: FakeMachine, cupy: Any, codec: str):
-        """The same arrays, captured from host memory and from the device's: equal chunks under equal names."""
+    def test_both_devices_store_the_same_chunks(self, machine: FakeMachine, cupy: Any, codec: str):
+        """The same arrays, captured from host memory and from the device's: equal chunks, and but for the size of blocks equal blobs."""
         repositories = Repository(MemoryStore()), Repository(MemoryStore())
         on_gpu = written(
             capture_of_device({name: cupy.asarray(array) for name, array in HOST_STATE.items()}), repositories[0], codec
         )
         on_cpu = written(capture_of_device(HOST_STATE), repositories[1], codec)
         chunks = [[each._replace(segment=0) for each in one.manifest.chunks] for one in (on_gpu, on_cpu)]
+        if codec == PLANES:
+            sizes = [{each.parameters["block_bytes"] for each in of if each.codec == PLANES} for of in chunks]
+            assert sizes == [{64 << 10}, {256 << 10}]
+            chunks = [
+                [each._replace(parameters={}, blob="", stored_bytes=0) if each.codec == PLANES else each for each in of]
+                for of in chunks
+            ]
         assert chunks[0] == chunks[1]
         assert {leaf.framework for leaf in on_gpu.manifest.leaves} == {"cupy"}
         assert {leaf.framework for leaf in on_cpu.manifest.leaves} == {"numpy"}
+
+    def test_what_a_gpu_stored_as_ans_both_read(
+        self, machine: FakeMachine, cupy: Any, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Weights in both forms: the GPU decodes nvCOMP's, which nobody else reads, a CPU the other, to the same bytes."""
+        monkeypatch.setattr(device_forms, "_nvcomp", machine.frames)
+        state = {"large": cupy.asarray(np.frombuffer(weights(9 << 20), np.uint16)), "floats": cupy.asarray(np.ones(5))}
+        manifest = written(capture_of_device(state), repository, "nvcomp-ans").manifest
+        assert len(manifest.forms) >= 2
+        fast = in_forms(manifest, (PLANES, ANS))
+        assert {chunk.codec for chunk in fast.chunks} >= {ANS}
+        arena, landing = machine.restored(fast, repository.store, device_codecs=(PLANES, ANS), verify_raw=True)
+        assert landing.degraded == []
+        assert content(manifest, arena) == contents_of_host(fetched(manifest, repository.store), manifest)
 
     def test_only_what_changed_is_written_again(self, machine: FakeMachine, cupy: Any, repository: Repository):
         """The device's hashes tell which chunks the generation before has; nothing changed: nothing is written."""
