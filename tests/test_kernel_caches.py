@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from coldstart.config import load as load_settings
 from coldstart.devices import pick
 from coldstart.devices.cpu import CpuDevice
 from coldstart.errors import ManifestError
-from coldstart.kernel_caches import compiler, home, packing, placing
+from coldstart.kernel_caches import compiler, home, nvml, packing, placing
 from coldstart.kernel_caches.ahead import compiles
 from coldstart.kernel_caches.home import Kernels
 from coldstart.kernel_caches.kinds import KINDS, SWITCHES, names_in, novel
@@ -131,6 +132,50 @@ def test_library_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     assert library_versions() == {"torch": "9.1", "torch git_version": "abc", "torch cuda": "14.0", "triton": "7.2"}
+
+
+NVML = """
+#include <string.h>
+static int open_;
+int nvmlInit_v2(void) { open_++; return FAILS; }
+int nvmlShutdown(void) { return --open_; }
+int nvmlSystemGetDriverVersion(char *text, unsigned room) { strncpy(text, "580.65.06", room); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 3; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = (void *)(0x7f0000000000UL + index); return 0; }
+int nvmlDeviceGetName(void *handle, char *text, unsigned room) {
+    strncpy(text, handle == (void *)0x7f0000000002UL ? "NVIDIA L4" : "NVIDIA H100", room);
+    return 0;
+}
+int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
+    int is_l4 = handle == (void *)0x7f0000000002UL;
+    *major = is_l4 ? 8 : 9;
+    *minor = is_l4 ? 9 : 0;
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"), [(0, {"gpu": "NVIDIA H100 (9.0), NVIDIA L4 (8.9)", "driver": "580.65.06"}), (9, {})]
+)
+def test_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, expected: dict[str, str]) -> None:
+    """NVML, by its C interface, names each kind of GPU with its capability once, and the driver; one that fails is no error."""
+    (tmp_path / "nvml.c").write_text(NVML)
+    library = str(tmp_path / "nvml.so")
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-DFAILS={fails}", "-o", library, tmp_path / "nvml.c"], check=True)
+    monkeypatch.setattr(nvml, "_LIBRARY", library)
+    monkeypatch.setattr(nvml, "_PROC", str(tmp_path / "proc"))
+    assert nvml.gpu_facts() == expected
+
+
+def test_driver_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without NVML the driver's own record is read, as it lies in /proc."""
+    fill(tmp_path, "gpus/0000:00:1e.0/information", "version")
+    (tmp_path / "gpus/0000:00:1e.0/information").write_text("Model: \t\t NVIDIA A10G\nIRQ:   \t 10\n")
+    (tmp_path / "version").write_text("NVRM version: 550.54.15\nGCC version: 11\n")
+    monkeypatch.setattr(nvml, "_LIBRARY", "no-such-library.so")
+    monkeypatch.setattr(nvml, "_PROC", str(tmp_path))
+    assert nvml.gpu_facts() == {"gpu": "NVIDIA A10G", "driver": "NVRM version: 550.54.15"}
 
 
 def test_compile_settings() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from coldstart.signing import new_keys
-from tests.starts import Project, flip
+from tests.starts import ROOT, Project, flip
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,8 +79,9 @@ def moved(project: Project, number: int) -> None:
 
 
 def roots(project: Project) -> dict[str, int]:
-    """The platforms in the newest manifest, with the number of their files."""
-    manifest = json.loads(max(project.objects("manifests")).read_bytes())
+    """The platforms in the current manifest, with the number of their files."""
+    key = json.loads(project.ref("kernels").read_bytes())["manifest"]
+    manifest = json.loads((project.store / key).read_bytes())
     found: dict[str, int] = {}
     for root in manifest["files"]["root"]:
         found[root] = found.get(root, 0) + root.startswith("kernels_")
@@ -198,6 +200,25 @@ def test_start_fails_with_them(kernels: Project) -> None:
     assert kernels.run().output["hits"] == [HIT]
 
 
+def test_proof_fails_with_them(tmp_path: Path) -> None:
+    """Where a fresh process cannot go on with the kernels, the generation is published without, and adding them is given up."""
+    project = Project(tmp_path)
+    guard = '        if HITS[-1][0] and ".proof-" in SEEN["CUPY_CACHE_DIR"]:\n            raise RuntimeError("no such image")\n'
+    project.write(KERNELS.replace("HITS.append(compile_all(name))\n", "HITS.append(compile_all(name))\n" + guard))
+    write_kernels(project, "a")
+    first = project.run()
+    assert first.capture["published"], first.capture
+    assert list(roots(project)) == []
+    moved(project, 1)
+    second = project.run()
+    assert (second.kind, second.output["hits"], second.capture["published"]) == ("restored", [MISS], False)
+    assert "no such image" in second.capture["reason"]
+    moved(project, 2)
+    third = project.run()
+    assert third.capture["reason"].startswith("kernel caches were tried before: ")
+    assert third.output["sum"] == 1000.0
+
+
 def test_remote_store(tmp_path: Path, s3_bucket: str, s3_options: StoreOptions) -> None:
     """Of a remote store kernels are kept where snapshots are signed, and not where they are not."""
     project = Project(tmp_path)
@@ -223,6 +244,39 @@ def test_remote_store(tmp_path: Path, s3_bucket: str, s3_options: StoreOptions) 
     start = project.run(**signs)
     assert (start.kind, start.output["hits"], start.record["engines"]) == ("restored", [HIT], ["process"])
     assert start.capture == {"published": False, "reason": ""}
+
+
+ON_GPU = (
+    KERNELS.replace("np.ones(1000, np.float32)", "cupy.asarray(np.ones(1000, np.float32))")
+    .replace("import numpy as np", "import cupy\nimport numpy as np")
+    .replace('model["w"].sum()', 'model["w"].get().sum()')
+)
+"""The same with its weights on the device; kernels are files, and stay the host's."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="rings are memory files of Linux")
+def test_on_a_gpu(tmp_path: Path, fake_gpu_folder: Path) -> None:
+    """On a GPU the weights go to the device and the kernels beside it; a start that adds kernels changes neither."""
+    project = Project(tmp_path / "project")
+    project.environment = {
+        "LD_LIBRARY_PATH": str(fake_gpu_folder),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fake_gpu'}",
+        "COLDSTART_DEVICE": "cuda",
+    }
+    project.write(ON_GPU)
+    write_kernels(project, "a")
+    first = project.run()
+    assert first.capture["published"], first.capture
+    write_kernels(project, "a", "b")
+    for number, hits in enumerate(([HIT, [False] * 4], [HIT, HIT])):
+        moved(project, number)
+        start = project.run()
+        assert (start.kind, start.output["sum"], start.output["hits"]) == ("restored", 1000.0, hits)
+        assert start.record["device"]["type"] == "cuda"
+    manifest = json.loads(max(project.objects("manifests")).read_bytes())
+    (record,) = manifest["platform"].values()
+    assert json.loads(record)["facts"]["gpu"].startswith("Fake H100")
+    assert json.loads(record)["rounds"] == 2
 
 
 # --- torch.compile, for real -------------------------------------------------------------------------------------------
