@@ -329,9 +329,10 @@ import os, time
 from coldstart import coldstart, export
 
 def load():
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # the process that makes the program
+    folder = os.path.dirname(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    if os.path.basename(folder).startswith("coldstart-program-"):  # the process that makes the program
         with open("stuck", "w") as file:
-            file.write(f"{os.getpid()} {os.path.dirname(os.environ['TORCHINDUCTOR_CACHE_DIR'])}")
+            file.write(f"{os.getpid()} {folder}")
         os.rename("stuck", "making")
         time.sleep(3600)
     return lambda x: x
