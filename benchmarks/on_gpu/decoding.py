@@ -127,9 +127,9 @@ def exponent_frames(block_bytes: int, plane_bytes: int) -> list[tuple[bytes, byt
         planes = planes_of(memoryview(stored), len(raw), item_bytes=2, parameters=parameters)
         exponents = raw[1::2]
         found = []
-        for number, block in enumerate(planes.blocks[planes.block_count :]):
+        for place, block in enumerate(planes.blocks[planes.block_count :]):
             frame = bytes(memoryview(stored)[block.offset_bytes : block.offset_bytes + block.stored_bytes])
-            found.append((frame, exponents[number * block_bytes : number * block_bytes + block.raw_bytes]))
+            found.append((frame, exponents[place * block_bytes : place * block_bytes + block.raw_bytes]))
         return found
 
     with ThreadPoolExecutor(min(16, processors())) as pool:
@@ -218,15 +218,11 @@ def _ans_row(desk: Desk, nvcomp: Nvcomp, chunk_bytes: int, batch_bytes: int, rep
         scratch=desk.room(encode_scratch),
         scratch_bytes=encode_scratch,
     )
-    encoded = desk.timed(
-        repeats, lambda: nvcomp.ans_encode(encoding, item_bytes=2, stream=desk.stream.handle)
-    )
+    encoded = desk.timed(repeats, lambda: nvcomp.ans_encode(encoding, item_bytes=2, stream=desk.stream.handle))
     lengths = desk.numbers(encoding.stored_bytes, count, ctypes.c_uint64)
     stored = [copy_out(desk.gpu, room, length) for room, length in zip(rooms, lengths, strict=True)]
     decoding, targets = _decode_batch(desk, stored, [chunk_bytes] * count, decode_scratch)
-    decoded = desk.timed(
-        repeats, lambda: nvcomp.ans_decode(decoding, item_bytes=2, stream=desk.stream.handle)
-    )
+    decoded = desk.timed(repeats, lambda: nvcomp.ans_decode(decoding, item_bytes=2, stream=desk.stream.handle))
     _check(desk, decoding.statuses, targets, raw)
     return {
         "chunk_bytes": chunk_bytes,

@@ -82,9 +82,7 @@ def made_snapshot(codec: str, length_bytes: int, sizes: Sizes, folder: str) -> M
     with ThreadPoolExecutor(min(16, processors())) as pool:
         made = list(pool.map(chunk, range(unique)))
     count = length_bytes // sizes.chunk_bytes
-    chunks = tuple(
-        made[number % unique]._replace(offset_bytes=number * sizes.chunk_bytes) for number in range(count)
-    )
+    chunks = tuple(made[number % unique]._replace(offset_bytes=number * sizes.chunk_bytes) for number in range(count))
     manifest = _manifest(chunks, count * sizes.chunk_bytes)
     return Made(manifest, store, Address(f"file://{folder}", StoreOptions()), f"file://{folder}", folder)
 
