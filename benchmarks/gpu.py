@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         environment = fakes(Path(folder)) if options.rehearse else {}
         document = measured(options, environment, Path(folder))
     if "error" in document["machine"]:
-        print(f"nothing was measured: {document['machine']['error']}", file=sys.stderr)
+        print(f"nothing was measured: {document['machine']['error'].splitlines()[-1]}", file=sys.stderr)
         return 2
     print(table.to_markdown(document))
     return 1 if any(stage["outcome"] == "failed" for stage in document["stages"].values()) else 0

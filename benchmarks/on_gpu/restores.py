@@ -1,6 +1,7 @@
-"""Whole restores of bf16 weights into device memory: by size, codec, engine and place, and what each leaves waiting.
+"""Whole restores of bf16 weights into device memory: by size, codec, who decodes, and place.
 
-Device memory over the state's own size is looked at when the fetch ends, while all scratch is there. Over the loopback the server sends as fast as it can, or 1 GB/s as a store would.
+Device memory over the state's own size is looked at when the fetch ends, while all scratch is there. Over the loopback the
+server sends as fast as it can, or 1 GB/s as a store would.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def _rows(made: Made, gpu: Gpu, sizes: Sizes) -> list[dict[str, Any]]:
         rows.append(_row(made, gpu, "folder, page cache", times, on_gpu=False))
     if raw_bytes <= LARGEST_LIMITED_BYTES:
         rows.append(_served(made, gpu, 0.0, times))
-        if raw_bytes == sizes.restores[0] or not sizes.is_rehearsal:
-            rows.append(_served(made, gpu, STORE_BYTES_PER_SECOND, 1))
+        rows.append(_served(made, gpu, STORE_BYTES_PER_SECOND, 1))
     return rows
 
 
