@@ -24,9 +24,9 @@ folder that the variable OUT names, else in benchmarks/results. It is written an
     began      the time, in UTC
     seconds    all of it
     machine    gpu (name, capability, memory_bytes, driver), host (see coldstart.bench.machine), versions (package -> version)
-    stages     name -> outcome (measured, failed, left out), seconds, and one of
+    stages     name -> outcome (measured, failed, left out), seconds, and
                  result  of the stage; rates are {gb_per_second (median), slowest, fastest, samples}, GB = 10^9 bytes
-                 error   its last words, if it failed
+                 error   its last words, if it failed; ``result`` is then what it had found before, if anything
                  reason  why it was left out
 
 ``--rehearse`` runs on the fakes of tests/fake_gpu (gcc and g++ are needed) with tiny sizes: that everything works before a
@@ -50,7 +50,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.on_gpu import table
+from benchmarks.on_gpu import partial, table
 from benchmarks.on_gpu.timing import REHEARSAL, WHOLE, Sizes
 from coldstart.config import child_environment, read_variable
 
@@ -84,7 +84,7 @@ STAGES = {
     "ans": Stage("decoding", "ans", 60),
     "tests": Stage("suite", "suite", 160),
     "restores": Stage("restores", "restores", 150),
-    "compile": Stage("starts", "compile_starts", 200),
+    "compile": Stage("starts", "compile_starts", 210),
     "openings": Stage("copies", "openings", 90),
     "latency": Stage("starts", "latency", 80),
     "bench": Stage("starts", "bench", 400, is_by_default=False),
@@ -148,7 +148,8 @@ def child_says(
 ) -> dict[str, Any]:
     """Run a stage in a process of its own, whose whole group ends when its time is up."""
     into = folder / "said.json"
-    into.unlink(missing_ok=True)
+    for path in (into, partial.part_of(into)):
+        path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--into", str(into)]
     command += ["--rehearse"] if rehearse else []
     began = time.monotonic()
@@ -171,7 +172,10 @@ def child_says(
             return {"outcome": "left out", **said, "reason": result["left_out"]}
         return {"outcome": "measured", **said, "result": result}
     words = log.read_text(errors="replace").strip()[-4000:]
-    return {"outcome": "failed", **said, "error": "\n".join(filter(None, [words, error])) or "it said nothing"}
+    said |= {"outcome": "failed", "error": "\n".join(filter(None, [words, error])) or "it said nothing"}
+    if partial.part_of(into).exists():
+        said["result"] = json.loads(partial.part_of(into).read_text())
+    return said
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
@@ -192,6 +196,7 @@ def run_stage(name: str, sizes: Sizes, into: Path) -> None:
     if name == "machine":
         found = machine()
     else:
+        partial.keep_in(into)
         stage = STAGES[name]
         found = getattr(import_module(f"benchmarks.on_gpu.{stage.module}"), stage.function)(sizes)
     into.write_text(json.dumps(found))

@@ -89,6 +89,15 @@ def test_a_stage_that_fails_is_written_down_and_the_next_goes_on(tmp_path, fake_
     assert "copies | " in table.to_markdown(document)
 
 
+def test_what_a_stage_found_before_it_failed_is_kept(tmp_path, fake_gpu_folder):
+    """The first restore is a row of the document; the second, for which there is no memory, is its error."""
+    environment = fake_environment(fake_gpu_folder, FAKE_CUDA_FAIL="cuMemAlloc_v2:2=2")
+    found = gpu.child_says(("--stage", "restores"), environment, tmp_path, 60.0, rehearse=True)
+    assert found["outcome"] == "failed"
+    assert "was asked for" in found["error"]
+    assert [row["place"] for row in found["result"]["rows"]] == ["folder, page cache"]
+
+
 def test_a_stage_ends_with_its_time(tmp_path, fake_gpu_folder):
     """One that hangs is ended with all its processes; one for which no time is left is not begun."""
     environment = fake_environment(fake_gpu_folder, FAKE_CUDA_INIT_SECONDS="60")

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.on_gpu import partial
 from benchmarks.on_gpu.timing import Clock, in_turns, rate, wall
 from coldstart.config import child_environment
 from coldstart.devices.cuda_driver import Stream, open_gpu
@@ -102,6 +103,7 @@ def openings(sizes: Sizes) -> dict[str, Any]:
             found[name] = {"skipped": "a rehearsal"}
             continue
         found[name] = _opening(code, 1 if sizes.is_rehearsal else FRESH_STARTS)
+        partial.keep(found)
     return found
 
 

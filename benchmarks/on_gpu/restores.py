@@ -9,6 +9,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.on_gpu import partial
 from benchmarks.on_gpu.object_server import ObjectServer
 from benchmarks.on_gpu.snapshots import folder_for, made_snapshot, restore
 from coldstart.devices.cuda_driver import open_gpu
@@ -16,6 +17,8 @@ from coldstart.fetch import Address
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from benchmarks.on_gpu.snapshots import Made
     from benchmarks.on_gpu.timing import Sizes
     from coldstart.devices.cuda_driver import Gpu
@@ -28,27 +31,30 @@ MANY_BYTES = 8 << 30
 
 def restores(sizes: Sizes) -> dict[str, Any]:
     """A row for each size, codec and place."""
-    gpu, rows = open_gpu(0), []
+    gpu = open_gpu(0)
+    rows: list[dict[str, Any]] = []
+    found = {"rows": rows, "unique_bytes": sizes.unique_bytes, "chunk_bytes": sizes.chunk_bytes}
     for length_bytes in sizes.restores:
         for codec in CODECS:
             made = made_snapshot(codec, length_bytes, sizes, folder_for(min(length_bytes, sizes.unique_bytes)))
             try:
-                rows += _rows(made, gpu, sizes)
+                for row in _rows(made, gpu, sizes):
+                    rows.append(row)
+                    partial.keep(found)
             finally:
                 made.forget()
-    return {"rows": rows, "unique_bytes": sizes.unique_bytes, "chunk_bytes": sizes.chunk_bytes}
+    return found
 
 
-def _rows(made: Made, gpu: Gpu, sizes: Sizes) -> list[dict[str, Any]]:
+def _rows(made: Made, gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
     raw_bytes = made.manifest.raw_bytes
     times = 1 if sizes.is_rehearsal else 2 if raw_bytes >= MANY_BYTES else 4
-    rows = [_row(made, gpu, "folder, page cache", times)]
+    yield _row(made, gpu, "folder, page cache", times)
     if made.manifest.chunks[0].codec != "raw":
-        rows.append(_row(made, gpu, "folder, page cache", times, on_gpu=False))
+        yield _row(made, gpu, "folder, page cache", times, on_gpu=False)
     if raw_bytes <= LARGEST_LIMITED_BYTES:
-        rows.append(_served(made, gpu, 0.0, times))
-        rows.append(_served(made, gpu, STORE_BYTES_PER_SECOND, 1))
-    return rows
+        yield _served(made, gpu, 0.0, times)
+        yield _served(made, gpu, STORE_BYTES_PER_SECOND, 1)
 
 
 def _served(made: Made, gpu: Gpu, bytes_per_second: float, times: int) -> dict[str, Any]:

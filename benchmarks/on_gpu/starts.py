@@ -15,10 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.on_gpu import partial
 from coldstart.config import child_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from benchmarks.on_gpu.timing import Sizes
 
@@ -71,21 +72,21 @@ def compile_starts(sizes: Sizes, *, size: str = SIZE) -> dict[str, Any]:
             "COLDSTART_CAPTURE_IDLE_SECONDS": "0",
             "COLDSTART_CAPTURE_WAIT_SECONDS": f"{PROCESS_SECONDS:.0f}",
         }
-        runs = _all_runs(place, handler, size, shared, 1 if sizes.is_rehearsal else RESTORED_ROUNDS)
+        runs: list[dict[str, Any]] = []
+        for scenario, changes, *more in _scenarios(shared, 1 if sizes.is_rehearsal else RESTORED_ROUNDS):
+            runs.append(_run(scenario, place, handler, size, changes, *more))
+            partial.keep({"handler": handler.name, "size": size, "runs": runs, "goals": GOALS})
     return {"handler": handler.name, "size": size, "runs": runs, **_figures(runs), "goals": GOALS}
 
 
-def _all_runs(place: Path, handler: Path, size: str, shared: Mapping[str, str], rounds: int) -> list[dict[str, Any]]:
-    """The snapshot is made by the first one; what is restored takes turns with and without its kernels."""
-    runs = [
-        _run("naive", place, handler, size, {"COLDSTART_STORE": "off"}),
-        _run("first", place, handler, size, shared),
-    ]
+def _scenarios(shared: Mapping[str, str], rounds: int) -> Iterator[tuple[Any, ...]]:
+    """Name, variables, options. The first one makes the snapshot; what is restored takes turns with and without its kernels."""
+    yield "naive", {"COLDSTART_STORE": "off"}
+    yield "first", shared
+    sides = [("restored", {}), ("restored without kernels", {"COLDSTART_KERNEL_CACHES": "off"})]
     for number in range(rounds):
-        pair = [("restored", {}), ("restored without kernels", {"COLDSTART_KERNEL_CACHES": "off"})]
-        for name, more in pair if number % 2 == 0 else reversed(pair):
-            runs.append(_run(name, place, handler, size, {**shared, **more}, "--no-wait"))
-    return runs
+        for name, more in sides if number % 2 == 0 else reversed(sides):
+            yield name, {**shared, **more}, "--no-wait"
 
 
 def _run(name: str, place: Path, handler: Path, size: str, changes: Mapping[str, str], *options: str) -> dict[str, Any]:

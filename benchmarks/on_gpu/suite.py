@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from benchmarks.on_gpu.timing import Sizes
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = ("tests/gpu", "tests/test_fake_driver.py", "tests/test_codecs_nvcomp.py")
-"""Where tests of a GPU are; those of the driver and of nvCOMP beside those of their fakes."""
+FILES = ("tests/gpu", "tests/test_fake_driver.py")
+"""Where tests of a GPU are; those of the driver are beside those of its fake."""
 SUITE_SECONDS = 150.0
 REHEARSED = ("tests/gpu/test_devices.py", "-k", "TestCupy or TestGpu")
 

@@ -20,7 +20,7 @@ def to_markdown(document: Mapping[str, Any]) -> str:
     lines += [*(f"- {name}: {_words(found)}" for name, found in machine.items()), ""]
     lines += _table(("stage", "seconds", "outcome"), [_stage_row(*item) for item in document["stages"].items()])
     for name, stage in document["stages"].items():
-        if stage["outcome"] == "measured" and name in _SECTIONS:
+        if stage.get("result") and name in _SECTIONS:
             lines += ["", f"## {name}", "", *_SECTIONS[name](stage["result"])]
     return "\n".join(lines) + "\n"
 
@@ -126,6 +126,8 @@ def _compile(result: Mapping[str, Any]) -> list[str]:
         (run["scenario"], run["kind"], run["seconds"], *(run["phases"].get(name, "-") for name in names))
         for run in result["runs"]
     ]
+    if "naive_over_restored" not in result:
+        return _table(("scenario", "kind", "first answer s", *names), rows)
     ratios = (
         f"Naive over restored: {result['naive_over_restored']} (goal 10). Compile with the restored kernels over"
         f" without: {result['compile_hit_over_miss']} (goal 0.1). Outputs equal: {result['outputs_equal']}."
