@@ -6,6 +6,8 @@ is always what its name says. Weights and files are hashed once more when all is
 copied, the generation is dropped. Of buffers that are declared to change, each chunk is of one moment: it is hashed before
 its copy is.
 
+Where GPUs are to have chunks in a form of their own, that is made after (``capture_forms``), and before the second look.
+
 Chunks that the parent generation has are not encoded or sent again, nor is any blob that the store holds and that may
 be relied on. Nothing here makes the generation current: that is ``Repository.publish``, after the proof.
 """
@@ -20,10 +22,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart import others, plan
+from coldstart.capture_forms import Forms, save_forms
 from coldstart.capture_sources import files_of, is_replaced, sources_of
+from coldstart.codecs import ANS, FOR_DEVICES, check_setting
 from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
-from coldstart.manifest import Buffer, Chunk, FileEntry, Manifest
+from coldstart.manifest import FORMS, Buffer, Chunk, FileEntry, Manifest
 from coldstart.programs.record import to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
 from coldstart.save.base import STOPPED
@@ -34,12 +38,13 @@ if TYPE_CHECKING:
     from coldstart.caches import FileSource
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
-    from coldstart.manifest import KeyRecord, Segment
+    from coldstart.manifest import Form, KeyRecord, Pool, PoolArray, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
     from coldstart.repository import Repository
     from coldstart.save import Saved, Saving
     from coldstart.save.device import DeviceChunks, Part
+    from coldstart.save.device_forms import DeviceForms
 
 
 class Capture(NamedTuple):
@@ -64,13 +69,21 @@ class Capture(NamedTuple):
     """A program to be stored with it, for this platform; those of other platforms are kept as the parent has them."""
     outside: Callable[[str], bool] | None = None
     """Whether the array at a path is needed beside the program: what ``build`` makes around it. None: none is."""
+    pools: tuple[Pool, ...] = ()
+    """Memory beside the state, which is listed and not stored; and which of it are arrays."""
+    pool_arrays: tuple[PoolArray, ...] = ()
 
 
 class Encoding(NamedTuple):
-    """How chunks are stored: a codec's id or ``auto``, and the level of those that have one."""
+    """How chunks are stored: a codec's id, ``auto`` or ``codecs.ANS``, and the level of those that have one."""
 
     codec: str
     level: int
+
+    @property
+    def own(self) -> str:
+        """How the form is chosen that a chunk has on all machines."""
+        return "auto" if self.codec == ANS else self.codec
 
 
 class Written(NamedTuple):
@@ -98,14 +111,19 @@ class Writing:
         saving: Saving = IN_THREAD,
         stopping: threading.Event | None = None,
     ) -> None:
-        """Raises CaptureError for a file that went away. The caller calls ``end``, whatever happens."""
+        """Raises CaptureError for a file that went away, ConfigError for a codec that is not for this device.
+
+        The caller calls ``end``, whatever happens.
+        """
+        check_setting(encoding.codec, capture.device_type)
         self._capture = capture
+        self._has_forms = encoding.codec == ANS
         self._sources = sources_of(capture)
         self._layout = plan.layout([source.item for source in self._sources], parent=capture.parent)
         self._chunks = _Chunks(self._layout, self._sources)
         self._stopping = stopping or threading.Event()
-        terms = _terms(capture, self._layout, encoding, has_replicas=len(repository.store.stores) > 1)
-        self.saver = open_saver(saving, terms, repository, self._stopping)
+        self._terms = _terms(capture, self._layout, encoding, has_replicas=len(repository.store.stores) > 1)
+        self.saver = open_saver(saving, self._terms, repository, self._stopping)
 
     def write(self, pace: Callable[[], None]) -> Written:
         """Write the blobs and the manifest.
@@ -116,6 +134,7 @@ class Writing:
         extents = self._layout.chunks
         try:
             saved = self.saver.save(self._tasks(extents, pace))
+            forms = self._save_forms(saved, pace)
             lasting = [is_lasting(self._layout.segments[extent.segment]) for extent in extents]
             hashes = self.saver.hashes(
                 self._tasks([extent for extent, lasts in zip(extents, lasting, strict=True) if lasts], pace)
@@ -125,13 +144,29 @@ class Writing:
         if hashes != [found.raw_hash for found, lasts in zip(saved, lasting, strict=True) if lasts]:
             raise StateChangedError("bytes of the state changed while they were copied", snapshot=self._capture.name)
         chunks = tuple(_chunk(extent, found) for extent, found in zip(extents, saved, strict=True))
-        manifest = _manifest(self._capture, self._layout, self._sources, chunks)
+        manifest = _manifest(self._capture, self._layout, self._sources, chunks, forms.forms)
         key = self.saver.repository.put_manifest(manifest)
-        written_bytes = sum(found.stored_bytes for found in saved if found.is_written)
-        reused_bytes = sum(found.stored_bytes for found in saved if not found.is_written)
+        stored = (*saved, *forms.saved)
+        written_bytes = sum(found.stored_bytes for found in stored if found.is_written)
+        reused_bytes = sum(found.stored_bytes for found in stored if not found.is_written) + forms.reused_bytes
         self._written_seconds = time.monotonic()
-        unsettled = frozenset(found.blob for found in saved if not found.is_settled)
+        unsettled = frozenset(found.blob for found in stored if not found.is_settled)
         return Written(manifest, key, written_bytes, reused_bytes, unsettled)
+
+    def _save_forms(self, saved: Sequence[Saved], pace: Callable[[], None]) -> Forms:
+        """The forms of chunks in device memory: those of the parent where its blobs are sure to stay, else new ones."""
+        if not self._has_forms:
+            return Forms()
+        parent, terms = self._capture.parent, self._terms
+        known = {}
+        if parent is not None and terms.known_stays and terms.known:
+            known = plan.known_forms(parent, FOR_DEVICES[0])
+        chunks = {
+            index: (extent, self._layout.segments[extent.segment].item_bytes, found)
+            for index, (extent, found) in enumerate(zip(self._layout.chunks, saved, strict=True))
+            if self._chunks.is_on_device(extent)
+        }
+        return save_forms(chunks, known, self._chunks.encoded, self.saver, pace)
 
     def confirm(self, written: Written) -> None:
         """Look at what was written once more, just before the ref moves; see ``coldstart.commit``, and its errors.
@@ -176,6 +211,7 @@ class _Chunks:
         self._segments = layout.segments
         self._largest_bytes = max((extent.length_bytes for extent in layout.chunks), default=0)
         self._on_device: DeviceChunks | None = None
+        self._encoder: DeviceForms | None = None
         self._places: list[list[tuple[int, Source]]] = [[] for _ in layout.segments]
         for source, place in zip(sources, layout.places, strict=True):
             if source.item.length_bytes:
@@ -188,19 +224,38 @@ class _Chunks:
         segment, length_bytes = self._segments[extent.segment], extent.length_bytes
         pieces: Callable[[], Iterator[memoryview]] = partial(self._pieces, extent)
         raw_hash = None
-        slices = list(self._slices(extent))
-        if slices and all(each.source.on_device is not None for each in slices):
-            parts = [_device_part(extent, each) for each in slices]
-            chunks = self._device_chunks(slices[0].source)
+        parts = self._parts(extent)
+        if parts:
+            chunks = self._device_chunks(extent)
             pieces, raw_hash = partial(chunks.read, parts, length_bytes), partial(chunks.raw_hash, parts, length_bytes)
         return Task(extent.segment, segment.item_bytes, length_bytes, is_lasting(segment), pieces, raw_hash)
 
-    def _device_chunks(self, source: Source) -> DeviceChunks:
+    def is_on_device(self, extent: Extent) -> bool:
+        """Whether all of a chunk's bytes are in a GPU's memory."""
+        return bool(self._parts(extent))
+
+    def encoded(self, extent: Extent, saved: Saved) -> Task | None:
+        """A chunk in device memory, to be saved in a further form; None where that is not worth it."""
+        if self._encoder is None:
+            from coldstart.save.device_forms import DeviceForms
+
+            self._encoder = DeviceForms(self._device_chunks(extent), self._largest_bytes)
+        return self._encoder.task(self._parts(extent), self.task(extent), raw_hash=saved.raw_hash)
+
+    def _parts(self, extent: Extent) -> list[Part]:
+        """Where the bytes of a chunk are in device memory; nothing where they are not, or not all."""
+        slices = list(self._slices(extent))
+        if any(each.source.on_device is None for each in slices):
+            return []
+        return [_device_part(extent, each) for each in slices]
+
+    def _device_chunks(self, extent: Extent) -> DeviceChunks:
         """What reads chunks off the GPU, made with the first of them."""
         if self._on_device is None:
             from coldstart.devices.cuda_driver import open_gpu
             from coldstart.save.device import DeviceChunks
 
+            source = next(self._slices(extent)).source
             assert source.on_device is not None
             self._on_device = DeviceChunks(open_gpu(source.on_device.ordinal), self._largest_bytes)
         return self._on_device
@@ -259,13 +314,14 @@ def _terms(capture: Capture, layout: Layout, encoding: Encoding, *, has_replicas
     """The terms; with replicas, which may lack what the parent names, every chunk of the parent is looked for."""
     lengths = [extent.length_bytes for extent in layout.chunks]
     return Terms(
-        codec=encoding.codec,
+        codec=encoding.own,
         level=encoding.level,
         known=plan.known_chunks(capture.parent) if capture.parent is not None and not capture.mends else {},
         known_stays=is_replaced(capture) and not has_replicas,
         relies_on_stored=not capture.mends,
         raw_bytes=sum(lengths),
         largest_bytes=max(lengths, default=0),
+        device_segments=tuple(sorted(layout.device_segments)) if capture.device_type == "cuda" else (),
     )
 
 
@@ -282,7 +338,13 @@ def _chunk(extent: Extent, saved: Saved) -> Chunk:
     )
 
 
-def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunks: tuple[Chunk, ...]) -> Manifest:
+def _manifest(
+    capture: Capture,
+    layout: Layout,
+    sources: Sequence[Source],
+    chunks: tuple[Chunk, ...],
+    forms: tuple[Form, ...],
+) -> Manifest:
     sources_in_places = list(zip(sources, layout.places, strict=True))
     buffers = tuple(
         Buffer(source.item.name, source.item.kind, place.segment, place.offset_bytes, source.item.length_bytes)
@@ -309,17 +371,19 @@ def _manifest(capture: Capture, layout: Layout, sources: Sequence[Source], chunk
         leaves=() if survey is None else tuple(found.leaf for found in survey.leaves),
         files=files,
         chunks=chunks,
-        pools=placed.pools if placed is not None else (),
+        pools=capture.pools + (placed.pools if placed is not None else ()),
+        pool_arrays=capture.pool_arrays,
         tree=None if survey is None else survey.tree,
         modules={} if survey is None else dict(survey.modules),
         programs=(to_json(placed.program),) if placed is not None else (),
         platform={},
         provenance=dict(capture.provenance),
         warmup_digests=capture.warmup_digests,
-        requires=(),
+        requires=(FORMS,) if forms else (),
         signature="",
         extra={},
         host_segments=_host_segments(capture, layout),
+        forms=forms,
     )
     if placed is None or capture.parent is None or not is_replaced(capture):
         return manifest

@@ -151,7 +151,7 @@ class _Collection:
         found += [manifest for key in sorted(young) if (manifest := self._read_young(key)) is not None]
         return _Live(
             frozenset(named),
-            frozenset(chunk.blob for manifest in found for chunk in manifest.chunks),
+            frozenset(blob for manifest in found for blob in manifest.blobs),
             frozenset(name for manifest in found for name in segment_names(manifest)),
         )
 

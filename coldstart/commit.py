@@ -61,8 +61,8 @@ def confirm(
 
 def new_blobs(manifest: Manifest, replaced: Manifest | None) -> dict[str, int]:
     """The blobs of a generation, with their lengths, that the one before it does not name."""
-    known = {chunk.blob for chunk in replaced.chunks} if replaced else set()
-    return {chunk.blob: chunk.stored_bytes for chunk in manifest.chunks if chunk.blob not in known}
+    known = replaced.blobs if replaced else {}
+    return {blob: length for blob, length in manifest.blobs.items() if blob not in known}
 
 
 def has_to_settle(
@@ -77,7 +77,7 @@ def has_to_settle(
         return False
     if was_released(repository, COLLECTOR, seconds=repository.settle_seconds):
         return False
-    if parent is None or not {chunk.blob for chunk in parent.chunks}.issuperset(unsettled):
+    if parent is None or not set(parent.blobs).issuperset(unsettled):
         return True
     return not repository.is_live(parent_key, parent)
 

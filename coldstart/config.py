@@ -121,9 +121,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _setting(
         "codec",
-        kinds.choice("auto", "raw", "zstd", "planes+zstd"),
+        kinds.choice("auto", "raw", "zstd", "planes+zstd", "nvcomp-ans"),
         "auto",
-        "how chunks are stored; auto: by a sample of each segment",
+        "how chunks are stored; auto: by a sample of each segment; nvcomp-ans: so too, and for GPUs as ANS besides",
     ),
     _setting("zstd_level", kinds.whole(1, 19), 1, "effort of the zstd codec"),
     _setting("skip_phases", kinds.phases(), (), "phases of a start to leave out"),
@@ -145,6 +145,12 @@ SETTINGS: tuple[Setting, ...] = (
         kinds.size(1 << 20, 1 << 40),
         192 << 20,
         "memory of a restore or capture beyond the state itself",
+    ),
+    _setting(
+        "pinned_bytes",
+        kinds.size(1 << 20, 1 << 36),
+        256 << 20,
+        "pinned host memory through which a snapshot reaches a GPU",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
     _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
@@ -236,6 +242,7 @@ class Settings(NamedTuple):
     fetch_processes: int
     fetch_threads: int
     memory_budget_bytes: int
+    pinned_bytes: int
     capture: bool
     programs: bool
     capture_wait_seconds: float

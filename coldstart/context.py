@@ -11,7 +11,7 @@ from coldstart.errors import HandlerError, ManifestError, UndeclaredNameError
 from coldstart.manifest import check_file_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
 
@@ -48,6 +48,7 @@ class Context:
         span: Callable[[str], AbstractContextManager[Any]],
         log: Callable[[str, Mapping[str, Any]], None],
         scratch: Path,
+        pool: Callable[[str, Sequence[int], Any, str], Any],
     ) -> None:
         self.device = device
         self.kind = "cold"
@@ -59,6 +60,7 @@ class Context:
         self._span = span
         self._log = log
         self._scratch = scratch
+        self._pool = pool
 
     def use_restored(self, folder: Path, names: tuple[str, ...]) -> None:
         """Let ``files`` and ``keep`` find the files that a restore put below ``folder``."""
@@ -113,6 +115,18 @@ class Context:
         from coldstart.frameworks import meta
 
         return meta()
+
+    def pool(self, name: str, shape: Sequence[int], dtype: Any, *, kind: str = "kv_cache") -> Any:
+        """An array of zeros on ``device`` whose bytes no snapshot holds: a KV cache, a workspace.
+
+        The snapshot lists it, so later starts allocate it while weights land, before it is asked for. ``shape`` is in
+        items; a dtype of torch makes a tensor, any other (``"float32"``) an array of numpy, on a GPU of cupy. ``kind``
+        says what it is for (``activations``, ``other``). For ``load``, ``build``, ``compile`` and ``init``; the same name
+        is the same array. Put into the state it stays a pool: ``build`` asks for it again.
+
+        Raises HandlerError for a name that has another form already, DeviceError where there is not so much memory.
+        """
+        return self._pool(name, shape, dtype, kind)
 
     def env(self, name: str, default: str | None = None) -> str | None:
         """A declared variable of the environment. Raises UndeclaredNameError for a name not in ``env=``."""

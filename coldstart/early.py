@@ -247,5 +247,6 @@ def restoration_of(
         programs=programs,
         fresh=settings.fresh,
         recovery=settings.recovery,
+        ring_bytes=settings.pinned_bytes,
     )
     return Restoration(request, services.bus)

@@ -151,6 +151,13 @@ class CaptureBegan(NamedTuple):
     reason: str
 
 
+class PoolPassedOver(NamedTuple):
+    """A pool that the snapshot lists is not what the handler asks for, or could not be allocated ahead."""
+
+    name: str
+    reason: str
+
+
 class ProgramPassedOver(NamedTuple):
     """The generation has a program that this start does not use; its state is restored instead."""
 
@@ -253,6 +260,7 @@ if TYPE_CHECKING:
         | WorkerFailed
         | StateChanged
         | CaptureBegan
+        | PoolPassedOver
         | ProgramPassedOver
         | ProgramBegan
         | CaptureSkipped

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
-KNOWN_FEATURES: frozenset[str] = frozenset()
+FORMS = "forms"
+"""What a manifest with ``forms`` requires: a collector that does not know of their blobs would delete them."""
+KNOWN_FEATURES: frozenset[str] = frozenset({FORMS})
 """Words that a manifest may list in ``requires``. A reader that does not know one must not use the snapshot."""
 
 SEGMENT_ALIGNMENT_BYTES = 256
@@ -97,6 +99,25 @@ class Chunk(NamedTuple):
     stored_bytes: int
 
 
+class Form(NamedTuple):
+    """A further stored form of a chunk, for devices that decode it; in the chunk's own form every machine can read it.
+
+    ``chunk`` is the chunk's index; the rest says of this form what a ``Chunk`` says of its own.
+    """
+
+    chunk: int
+    codec: str
+    parameters: Mapping[str, int | str]
+    blob: str
+    stored_bytes: int
+
+    def of(self, chunk: Chunk) -> Chunk:
+        """The chunk, stored in this form instead."""
+        return chunk._replace(
+            codec=self.codec, parameters=self.parameters, blob=self.blob, stored_bytes=self.stored_bytes
+        )
+
+
 class Buffer(NamedTuple):
     """A run of bytes in a segment that one or more leaves are views of."""
 
@@ -148,6 +169,19 @@ class Pool(NamedTuple):
     length_bytes: int
 
 
+class PoolArray(NamedTuple):
+    """The array that a pool is, where it is one: in C order, zeros when it is made. ``name`` is the pool's.
+
+    ``paths``: where it sits in the state, as a whole or as views of parts of it; () for one that only code asks for.
+    """
+
+    name: str
+    framework: str
+    dtype: str
+    shape: tuple[int, ...]
+    paths: tuple[str, ...]
+
+
 class KeyRecord(NamedTuple):
     """What a snapshot depends on: the digest of ``parts``, and each part's own digest so that a change can be named."""
 
@@ -185,8 +219,12 @@ class Manifest(NamedTuple):
     signature: str
     extra: Mapping[str, Any]
     """Fields of a newer minor version: kept, written back, otherwise not looked at."""
+    pool_arrays: tuple[PoolArray, ...] = ()
+    """Which pools are arrays. Not written where there are none, and so in no manifest of before there were any."""
     host_segments: tuple[int, ...] = ()
     """Of a device with memory of its own: the segments that belong into the host's (files, arrays that were there), rising."""
+    forms: tuple[Form, ...] = ()
+    """At most one for each chunk, in the order of the chunks."""
 
     @property
     def raw_bytes(self) -> int:
@@ -195,8 +233,14 @@ class Manifest(NamedTuple):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that a worker fetches; a blob named by several chunks counts once."""
+        """Bytes that a worker fetches; a blob named by several chunks counts once, and forms, fetched instead, do not."""
         return sum({chunk.blob: chunk.stored_bytes for chunk in self.chunks}.values())
+
+    @property
+    def blobs(self) -> dict[str, int]:
+        """Every blob that the generation names, those of forms too, with its length: what is live as long as it is."""
+        named: tuple[Chunk | Form, ...] = (*self.chunks, *self.forms)
+        return {each.blob: each.stored_bytes for each in named}
 
 
 class Published(NamedTuple):
@@ -308,12 +352,17 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     del document["extra"]
     if not document["host_segments"]:
         del document["host_segments"]
+    del document["forms"]
+    if manifest.forms:
+        document["forms"] = _FORMS.columns(manifest.forms)
     document = {**manifest.extra, **document}
     document["format"] = {"major": FORMAT_MAJOR, "minor": FORMAT_MINOR}
     document["key"] = {"digest": manifest.key.digest, "parts": dict(manifest.key.parts)}
     for field, table in _TABLES.items():
         document[field] = table.columns(getattr(manifest, field))
-    return _canonical(document)
+    if not document.pop("pool_arrays"):
+        return _canonical(document)
+    return _canonical({**document, "pool_arrays": _POOL_ARRAYS.columns(manifest.pool_arrays)})
 
 
 def ref_to_json(ref: Ref) -> bytes:
@@ -371,13 +420,16 @@ def manifest_from_json(data: bytes) -> Manifest:
         warmup_digests=tuple(fields.texts("warmup_digests")),
         requires=tuple(requires),
         signature=fields.text("signature"),
+        pool_arrays=_pool_arrays(fields),
         host_segments=_host_segments(fields, len(tables["segments"])),
+        forms=_FORMS.rows(fields.take("forms", dict), "forms") if "forms" in fields.document else (),
         extra=fields.rest(),
         **tables,
     )
     _check_depth([manifest.tree, *manifest.programs, manifest.extra])
     _check_segments(manifest)
     _check_chunks(manifest)
+    _check_forms(manifest)
     _check_buffers(manifest)
     _check_leaves(manifest)
     _check_files(manifest)
@@ -495,6 +547,13 @@ def _check_depth(values: list[Any]) -> None:
         if not values:
             return
     raise ManifestError(f"the manifest nests deeper than {MAX_DEPTH} levels")
+
+
+def _pool_arrays(fields: _Fields) -> tuple[PoolArray, ...]:
+    if "pool_arrays" not in fields.document:
+        return ()
+    rows = _POOL_ARRAYS.rows(fields.take("pool_arrays", dict), "pool_arrays")
+    return tuple(row._replace(paths=tuple(row.paths)) for row in rows)
 
 
 def _check_version(fields: _Fields) -> None:
@@ -632,6 +691,10 @@ def _is_parameters(parameters: dict[str, Any]) -> bool:
     return len(parameters) <= MAX_DIMENSIONS and _counts(numbers) and _texts([*parameters, *texts])
 
 
+def _text_lists(column: list[Any]) -> bool:
+    return set(map(type, column)) <= {list} and _texts(list(chain.from_iterable(column)))
+
+
 def _shapes(column: list[Any]) -> bool:
     return (
         set(map(type, column)) <= {list}
@@ -722,6 +785,17 @@ _TABLES: Mapping[str, _Table] = {
     ),
     "pools": _Table(Pool, MAX_BUFFERS, {"name": _texts, "kind": _texts, "length_bytes": _counts}),
 }
+_POOL_ARRAYS = _Table(
+    PoolArray,
+    MAX_BUFFERS,
+    {"name": _texts, "framework": _texts, "dtype": _texts, "shape": _shapes, "paths": _text_lists},
+)
+
+_FORMS = _Table(
+    Form,
+    MAX_CHUNKS,
+    {"chunk": _counts, "codec": _texts, "parameters": _mappings, "blob": _hashes, "stored_bytes": _counts},
+)
 
 
 def _check_segments(manifest: Manifest) -> None:
@@ -748,7 +822,20 @@ def _check_chunks(manifest: Manifest) -> None:
     segment, _ = _skip_full(manifest, segment, position)
     if segment != len(manifest.segments):
         raise ManifestError(f"the chunks do not cover segment {segment}")
-    if len({(chunk.blob, chunk.stored_bytes) for chunk in manifest.chunks}) != len({c.blob for c in manifest.chunks}):
+
+
+def _check_forms(manifest: Manifest) -> None:
+    """Forms are of chunks that there are, one each and in order; and no blob, theirs or a chunk's, has two lengths."""
+    if manifest.forms and FORMS not in manifest.requires:
+        raise ManifestError(f"the manifest has forms and does not require {FORMS!r}")
+    before = -1
+    for form in manifest.forms:
+        if not before < form.chunk < len(manifest.chunks):
+            raise ManifestError(f"a form is of chunk {form.chunk}, which is not there or has one before")
+        before = form.chunk
+        _check_chunk_size(form.chunk, form.of(manifest.chunks[form.chunk]))
+    named: tuple[Chunk | Form, ...] = (*manifest.chunks, *manifest.forms)
+    if len({(each.blob, each.stored_bytes) for each in named}) != len({each.blob for each in named}):
         raise ManifestError("a blob is said to have two lengths")
 
 
@@ -855,3 +942,18 @@ def _check_pools(manifest: Manifest) -> None:
         raise ManifestError("a pool is of an unknown kind")
     if sum(pool.length_bytes for pool in manifest.pools) > MAX_TOTAL_BYTES:
         raise ManifestError(f"the manifest's pools have more than the {MAX_TOTAL_BYTES} bytes allowed")
+    _check_pool_arrays(manifest)
+
+
+def _check_pool_arrays(manifest: Manifest) -> None:
+    lengths = {pool.name: pool.length_bytes for pool in manifest.pools}
+    names = [array.name for array in manifest.pool_arrays]
+    if len(set(names)) != len(names) or not set(names) <= set(lengths):
+        raise ManifestError("an array of a pool is there twice, or without its pool")
+    for array in manifest.pool_arrays:
+        items = math.prod(array.shape)
+        if not 0 < items <= lengths[array.name] or lengths[array.name] > items * MAX_ITEM_BYTES:
+            raise ManifestError(f"pool {array.name!r} of {lengths[array.name]} bytes has the shape {array.shape}")
+    paths = [path for array in manifest.pool_arrays for path in array.paths]
+    if len(set(paths)) != len(paths) or not set(paths).isdisjoint(leaf.path for leaf in manifest.leaves):
+        raise ManifestError("two arrays of the state have the same path, and one of them is a pool's")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from coldstart.events import FellBack
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from coldstart.caches import FileSource
     from coldstart.context import Context
     from coldstart.events import EventBus
@@ -41,6 +43,8 @@ class Part:
         self.state: Any = None
         self.survey: Survey | None = None
         self.obstacle = ""
+        self.pool_paths: Mapping[str, str] = {}
+        """Where the state holds memory of pools, as the survey found them: path -> the pool's name."""
         self.marks: dict[str, Any] = {}
         self.files: list[FileSource] = []
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from coldstart.loops import Loops
     from coldstart.metrics import Timeline
     from coldstart.part import Part
+    from coldstart.pools import Pools
 
 
 class Loader:
@@ -31,6 +32,7 @@ class Loader:
         timeline: Timeline,
         loops: Loops,
         make_context: Callable[[], Context],
+        pools: Pools,
         *,
         gpu: int,
     ) -> None:
@@ -38,6 +40,7 @@ class Loader:
         self._timeline = timeline
         self._loops = loops
         self._make_context = make_context
+        self._pools = pools
         self._gpu = gpu
         self._records_opens = False
 
@@ -69,6 +72,7 @@ class Loader:
         with self._timeline.span("survey"):
             try:
                 found = survey(subject(self._definition, state), gpu=self._gpu)
+                found, part.pool_paths = self._pools.without(found)
             except UncapturableError as error:
                 part.obstacle = str(error)
                 return

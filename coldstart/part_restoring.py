@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from coldstart.metrics import Timeline
     from coldstart.part import Part
     from coldstart.part_loading import Loader
+    from coldstart.pools import Pools
     from coldstart.program_start import Accepted
     from coldstart.programs.record import Program
     from coldstart.restore import Restoration, Restored
@@ -39,6 +40,7 @@ class Restorer:
         open_repository: Opener,
         loader: Loader,
         accepted_programs: Callable[[str], Accepted],
+        pools: Pools,
     ) -> None:
         self._definition = definition
         self._services = services
@@ -47,6 +49,7 @@ class Restorer:
         self._open_repository = open_repository
         self._loader = loader
         self._accepted_programs = accepted_programs
+        self._pools = pools
 
     def restore(self, part: Part, restoration: Restoration) -> tuple[Any] | None:
         """The restored state in a tuple of one, or None when there is nothing to restore. Any error means: fall back."""
@@ -88,7 +91,7 @@ class Restorer:
         """What the handler gets of a state whose computation is the program's: ``build`` runs if anything else is left of it."""
         definition = self._definition
         with self._timeline.span("load program"):
-            calls = load_calls(program, restored)
+            calls = load_calls(program, restored, self._pools.raw)
         if self._services.cases:
             from coldstart.programs.cases import check_cases  # imports what only a proof needs
 
@@ -98,7 +101,8 @@ class Restorer:
         if build is not None and not stands_alone(definition):
             skeleton = self._loader.build(build, part)
             if restored.manifest.rung == "arrays":
-                bind_arrays(restored, subject(definition, skeleton), besides=owners(definition, skeleton))
+                besides = owners(definition, skeleton) + _pool_paths(restored)
+                bind_arrays(restored, subject(definition, skeleton), besides=besides)
         part.program = program
         return in_place(definition, skeleton, calls)
 
@@ -137,11 +141,16 @@ class Restorer:
     def _bound(self, restored: Restored, skeleton: Any, built: bool) -> Any:  # noqa: FBT001
         """The state with the restored arrays in it: bound to a skeleton, or a tree made from nothing."""
         if built:
-            bound = bind_arrays(restored, subject(self._definition, skeleton))
+            bound = bind_arrays(restored, subject(self._definition, skeleton), besides=_pool_paths(restored))
             return bound if self._definition.owner is None else skeleton
         if restored.manifest.tree is None:
             raise StateMismatchError("the snapshot holds arrays for a build() that the handler no longer has")
-        tree = rebuild_tree(restored)
+        held = {
+            path: self._pools.recorded(array, restored.manifest)
+            for array in restored.manifest.pool_arrays
+            for path in array.paths
+        }
+        tree = rebuild_tree(restored, held)
         if self._definition.owner is None:
             return tree
         instance: Any = object.__new__(self._definition.owner)
@@ -168,6 +177,11 @@ class Restorer:
     @property
     def _files_folder(self) -> Path:
         return Path(self._services.settings.files_folder)
+
+
+def _pool_paths(restored: Restored) -> tuple[str, ...]:
+    """Where the state holds memory of pools: what ``build`` made there stays, since no snapshot has it."""
+    return tuple(path for array in restored.manifest.pool_arrays for path in array.paths)
 
 
 def pass_over(part: Part, reason: str, bus: events.EventBus) -> None:

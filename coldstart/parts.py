@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldstart import events
+from coldstart.codecs import check_setting
 from coldstart.config import read_variable, redactor
 from coldstart.context import Context, Declared
 from coldstart.devices import pick
@@ -38,6 +39,7 @@ from coldstart.keys import key_from_functions
 from coldstart.part import Part
 from coldstart.part_loading import Loader
 from coldstart.part_restoring import Restorer, pass_over
+from coldstart.pools import Plan, Pools, planned
 from coldstart.program_start import NONE as NO_PROGRAMS
 from coldstart.program_start import eager_entries
 from coldstart.recovery import LOAD, check_load
@@ -73,8 +75,10 @@ class Parts:
         self._services = services
         self._timeline = timeline
         self.device = pick(services.settings.device)
+        check_setting(services.settings.codec, self.device.type)
         self.open_repository = early.opener if early else opener_of_start(definition.name, services)
-        self._loader = Loader(definition, timeline, loops, self._make_context, gpu=self.device.ordinal)
+        self.pools = Pools(definition.name, self.device, timeline, services.bus)
+        self._loader = Loader(definition, timeline, loops, self._make_context, self.pools, gpu=self.device.ordinal)
         self.parts = [self._part(name, early) for name in definition.load]
         self.context = self.parts[0].context
 
@@ -110,6 +114,7 @@ class Parts:
             span=lambda name: self._timeline.span(name, "phase"),
             log=lambda message, fields: self._services.bus.publish(events.UserLine(definition.name, message, fields)),
             scratch=Path(self._services.settings.files_folder) / definition.name / "downloads",
+            pool=self.pools.take,
         )
         base = Path(definition.file).parent
         for name, path in definition.files.items():
@@ -158,19 +163,23 @@ class Parts:
         return self._services.settings.recovery
 
     @property
-    def pools_told(self) -> str:
-        """Why phase pool_alloc has nothing to do: a program's memory is allocated where the program is loaded."""
-        pools = [pool for part in self.parts if part.program and part.restored for pool in part.restored.manifest.pools]
-        if not pools:
-            return "the allocation plan lists no memory beyond the arrays"
-        return f"{sum(pool.length_bytes for pool in pools):,} bytes of the plan were allocated with the program"
-
-    @property
     def restored(self) -> list[FetchReport]:
         """How the parts that were restored were fetched."""
         return [part.restored.report for part in self.parts if part.restored and part.kind == "restored"]
 
-    # --- phase weight_load -------------------------------------------------------------------------------------------
+    # --- phase weight_load, and pool_alloc beside it ------------------------------------------------------------------
+
+    def pool_plan(self) -> Plan:
+        """The pools of the generations that are being restored: waits until it is known which those are."""
+        restorations = [part.restoration for part in self.parts if part.restoration is not None]
+        found = [(each.manifest(), each.program()) for each in restorations]
+        pools = {
+            each.pool.name: each
+            for manifest, program in found
+            if manifest is not None
+            for each in planned(manifest, program)
+        }
+        return Plan(tuple(pools.values()), sum(manifest.raw_bytes for manifest, _ in found if manifest is not None))
 
     def load_state(self) -> Any:
         """Restore or load every part, and return the state: the part's own if there is but one unnamed, else by name."""
@@ -183,6 +192,7 @@ class Parts:
             self.open_repository,
             self._loader,
             self.accepted_programs,
+            self.pools,
         )
         for part in self.parts:
             part.state = self._state_of(part, restorer)

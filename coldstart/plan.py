@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from coldstart.codecs import NAMES
-from coldstart.manifest import NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Segment
+from coldstart.manifest import NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Form, Segment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from coldstart.manifest import Chunk, Leaf, Manifest
 
@@ -119,6 +119,33 @@ def known_chunks(parent: Manifest) -> Mapping[tuple[str, int, int], Chunk]:
     }
 
 
+def known_forms(parent: Manifest, codec: str) -> dict[tuple[str, int, int], Form]:
+    """The parent's forms of one codec, by the keys of ``known_chunks``."""
+    held = ((form, parent.chunks[form.chunk]) for form in parent.forms if form.codec == codec)
+    return {
+        (chunk.raw_hash, parent.segments[chunk.segment].item_bytes, chunk.length_bytes): form for form, chunk in held
+    }
+
+
+def in_forms(manifest: Manifest, codecs: Collection[str]) -> Manifest:
+    """A generation as a device that decodes ``codecs`` fetches it: chunks in such a form, where they have one.
+
+    ``forms`` of the result are what those chunks are stored as otherwise: a fetch goes back to that where it has to. Chunks
+    that belong to the host stay as they are.
+    """
+    chosen = {
+        form.chunk: form
+        for form in manifest.forms
+        if form.codec in codecs and manifest.chunks[form.chunk].segment not in manifest.host_segments
+    }
+    chunks, forms = list(manifest.chunks), []
+    for index, form in chosen.items():
+        chunk = chunks[index]
+        chunks[index] = form.of(chunk)
+        forms.append(Form(index, chunk.codec, chunk.parameters, chunk.blob, chunk.stored_bytes))
+    return manifest._replace(chunks=tuple(chunks), forms=tuple(forms))
+
+
 def fetch_order(manifest: Manifest) -> list[int]:
     """Indices of the chunks in the order to fetch them: files first (``init`` needs them whole), then by segment."""
     holding_files = {entry.segment for entry in manifest.files}
@@ -142,12 +169,15 @@ def needed(manifest: Manifest, program_consumer: str = "") -> Manifest:
     )
     kept = [index for index, buffer in enumerate(manifest.buffers) if not drops[buffer.segment]]
     places = {NO_BUFFER: NO_BUFFER, **{old: new for new, old in enumerate(kept)}}
+    kept_chunks = [index for index, chunk in enumerate(manifest.chunks) if not drops[chunk.segment]]
+    numbers = {old: new for new, old in enumerate(kept_chunks)}
     return manifest._replace(
         segments=segments,
         buffers=tuple(manifest.buffers[index] for index in kept),
         leaves=_leaves_in(manifest.leaves, places),
         files=tuple(entry for entry in manifest.files if not drops[entry.segment]),
-        chunks=tuple(chunk for chunk in manifest.chunks if not drops[chunk.segment]),
+        chunks=tuple(manifest.chunks[index] for index in kept_chunks),
+        forms=tuple(form._replace(chunk=numbers[form.chunk]) for form in manifest.forms if form.chunk in numbers),
     )
 
 

@@ -113,7 +113,8 @@ class Planner:
             return None
         if part.restored.manifest.rung == "arrays" and part.survey is None:
             try:
-                part.survey = survey(subject(self._definition, part.state), gpu=self._parts.device.ordinal)
+                found = survey(subject(self._definition, part.state), gpu=self._parts.device.ordinal)
+                part.survey, part.pool_paths = self._parts.pools.without(found)
             except ColdstartError as error:
                 self._no_capture(part, str(error))
                 return None
@@ -127,6 +128,7 @@ class Planner:
 
         assert part.key is not None
         assert part.lookup is not None
+        pools, pool_arrays = self._parts.pools.listed(part.pool_paths)
         capture = Capture(
             name=part.snapshot,
             key=part.key,
@@ -140,6 +142,8 @@ class Planner:
             warmup_digests=digests,
             provenance=versions(),
             mends=part.lookup.ref is not None and (_unusable(part) or _recovered(part)),
+            pools=pools,
+            pool_arrays=pool_arrays,
         )
         created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
         due_at_once = part.kind != "restored" or _recovered(part)

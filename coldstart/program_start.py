@@ -16,7 +16,7 @@ from coldstart.signing import are_required
 from coldstart.trust import distrust
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from coldstart.config import Settings
     from coldstart.definition import Definition
@@ -118,12 +118,15 @@ def is_below(path: str, owner: str) -> bool:
     return not owner or path == owner or path.startswith((f"{owner}.", f"{owner}["))
 
 
-def load_calls(program: Program, restored: Restored) -> dict[str, ProgramCall]:
-    """Load every entry point of a restored program. The arena is sealed by it. Raises ProgramError."""
+def load_calls(program: Program, restored: Restored, allocate: Callable[[str, int], Any]) -> dict[str, ProgramCall]:
+    """Load every entry point of a restored program. The arena is sealed by it. Raises ProgramError.
+
+    ``allocate(name, length_bytes)`` gives the zeroed bytes of a pool.
+    """
     backend = backend_of(program.backend)
     files = {entry.file: _file(entry, program, restored) for entry in program.entries}
     restored.arena.seal()
-    memory = _Memory(restored)
+    memory = _Memory(restored, allocate)
     calls = {}
     for entry in program.entries:
         signature = entry.signature
@@ -136,11 +139,11 @@ def load_calls(program: Program, restored: Restored) -> dict[str, ProgramCall]:
 class _Memory:
     """Where a program's constants are: in the arena, or in memory that the allocation plan lists."""
 
-    def __init__(self, restored: Restored) -> None:
+    def __init__(self, restored: Restored, allocate: Callable[[str, int], Any]) -> None:
         self._restored = restored
+        self._allocate = allocate
         self._buffers = {buffer.name: buffer for buffer in restored.manifest.buffers}
         self._pools = {pool.name: pool.length_bytes for pool in restored.manifest.pools}
-        self._allocated: dict[str, Any] = {}
 
     def constant(self, place: ConstantPlace) -> Constant:
         """The constant with its bytes. Raises ProgramError where they are not there."""
@@ -157,11 +160,7 @@ class _Memory:
             buffer = self._buffers[name]
             return self._restored.arena.array(buffer.segment, buffer.offset_bytes, buffer.length_bytes)
         if name in self._pools:
-            if name not in self._allocated:
-                import numpy as np
-
-                self._allocated[name] = np.zeros(self._pools[name], np.uint8)
-            return self._allocated[name]
+            return self._allocate(name, self._pools[name])
         return None
 
 

@@ -37,14 +37,14 @@ from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
-from coldstart.plan import needed
+from coldstart.plan import in_forms, needed
 from coldstart.programs.record import chosen, consumer_of
 from coldstart.quarantine import Quarantine
 from coldstart.recovery import CHUNK_RETRY, MODES, PREVIOUS_GENERATION, REPLICA
 from coldstart.segments import map_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.ahead import LookAhead
@@ -270,6 +270,8 @@ class Restoration:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
             )
+        if self._way is not None:
+            manifest = in_forms(manifest, self._way.device_codecs)
         self._manifest, self._program = manifest, program
         ahead_seconds = 0.0 if self._ahead is None else self._ahead.found_monotonic_seconds(key)
         self.found_monotonic_seconds = ahead_seconds or time.monotonic()
@@ -305,7 +307,7 @@ class Restoration:
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
         request = self.request
-        if request.pinned:
+        if request.pinned or request.device.has_own_memory:
             return None
         return map_segments(
             manifest,
@@ -340,9 +342,10 @@ class Restoration:
 
         ring = None if self._ahead is None else self._ahead.ring(key)
         ring = ring or Ring.make(*shape_of(wanted.manifest, way.ring_bytes))
+        wanted = wanted._replace(ring=ring, device_codecs=way.device_codecs)
         landing = land(wanted, ring)
         try:
-            fetch = self._begin(wanted._replace(arena=None, ring=ring, device_codecs=way.device_codecs), key)
+            fetch = self._begin(wanted._replace(arena=None), key)
             report = self._waited_for(fetch)
             landing.wait()
         except ColdstartError as error:
@@ -434,10 +437,13 @@ def bind_arrays(restored: Restored, skeleton: Any, *, besides: tuple[str, ...] =
     return bind(skeleton, manifest.leaves, manifest.modules, _buffer_array(restored), besides=besides)
 
 
-def rebuild_tree(restored: Restored) -> Any:
-    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError."""
+def rebuild_tree(restored: Restored, besides: Mapping[str, Any] | None = None) -> Any:
+    """Make a state that needs no ``build``: a tree of arrays and plain values. Raises ManifestError.
+
+    ``besides``: arrays by their paths that the snapshot has no bytes of.
+    """
     found = arrays(restored.manifest.leaves, _buffer_array(restored))
-    return rebuild(restored.manifest.tree, found)
+    return rebuild(restored.manifest.tree, {**found, **(besides or {})})
 
 
 def _buffer_array(restored: Restored) -> Callable[[int], Any]:

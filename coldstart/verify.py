@@ -4,7 +4,8 @@ Three levels, each with all of the one before:
 
 - ``structure``: ref and manifest are there, and every blob is, with the length that the manifest says. One HEAD a blob.
 - ``sample``: of ``SAMPLE_PART`` of the chunks, and at least of one of each segment and codec, every byte is read, hashed,
-  decoded and hashed again. Which ones is drawn anew each time, so a store that is sampled daily is read in the end.
+  decoded and hashed again; of a form that only devices decode, what it claims is checked instead. Which ones is drawn anew
+  each time, so a store that is sampled daily is read in the end.
 - ``full``: of all chunks.
 
 Mending copies: a blob whose bytes are what its name says, a manifest that is the one that was read, a ref of a replica as the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.codecs import codec
+from coldstart.codecs import FOR_DEVICES, codec
 from coldstart.errors import BlobCorruptError, CodecError, ManifestError, ObjectMissingError, UsageError
 from coldstart.manifest import blob_key, manifest_from_json, ref_key
 
@@ -58,14 +59,15 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"level {level!r} is none of {', '.join(LEVELS)}")
-    read = set(range(len(manifest.chunks))) if level == FULL else set()
+    stored = _stored(manifest)
+    read = set(range(len(stored))) if level == FULL else set()
     if level == SAMPLE:
-        read = _sample(manifest, choose)
+        read = _sample(stored, choose)
 
-    def look(index: int) -> Finding | None:
-        chunk = manifest.chunks[index]
+    def look(number: int) -> Finding | None:
+        index, chunk = stored[number]
         try:
-            (_verify_chunk if index in read else _verify_length)(manifest, chunk, store)
+            (_verify_chunk if number in read else _verify_length)(manifest, chunk, store)
         except (BlobCorruptError, CodecError, ObjectMissingError) as error:
             return Finding(index, chunk.blob, str(error))
         return None
@@ -73,7 +75,15 @@ def verify(
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        yield from filter(None, pool.map(look, range(len(manifest.chunks))))
+        yield from filter(None, pool.map(look, range(len(stored))))
+
+
+def _stored(manifest: Manifest) -> list[tuple[int, Chunk]]:
+    """All that is stored of a generation: its chunks, then those that have it in another form too, in that form."""
+    return [
+        *enumerate(manifest.chunks),
+        *((form.chunk, form.of(manifest.chunks[form.chunk])) for form in manifest.forms),
+    ]
 
 
 def verify_stores(manifest: Manifest, manifest_key: str, store: Store, *, level: str = FULL) -> Iterator[Place]:
@@ -145,16 +155,16 @@ def _data(store: Store, key: str) -> bytes | None:
         return None
 
 
-def _sample(manifest: Manifest, choose: Callable[[int], float] | None) -> set[int]:
+def _sample(stored: Sequence[tuple[int, Chunk]], choose: Callable[[int], float] | None) -> set[int]:
     if choose is None:
         from random import random
 
         def choose(_: int) -> float:
             return random()  # noqa: S311  a sample
 
-    drawn = {index: choose(index) for index in range(len(manifest.chunks))}
+    drawn = {index: choose(index) for index in range(len(stored))}
     least: dict[tuple[int, str], int] = {}
-    for index, chunk in enumerate(manifest.chunks):
+    for index, (_, chunk) in enumerate(stored):
         kind = (chunk.segment, chunk.codec)
         least[kind] = min(least.get(kind, index), index, key=drawn.__getitem__)
     return {index for index, number in drawn.items() if number < SAMPLE_PART} | set(least.values())
@@ -171,8 +181,11 @@ def _verify_chunk(manifest: Manifest, chunk: Chunk, store: Store) -> None:
     _check_length(chunk, len(stored))
     if blake3(stored).hexdigest() != chunk.blob:
         raise BlobCorruptError("the blob's bytes are not those that its name says", key=chunk.blob)
-    raw = memoryview(bytearray(chunk.length_bytes))
     item_bytes = manifest.segments[chunk.segment].item_bytes
+    if chunk.codec in FOR_DEVICES:
+        codec(chunk.codec).check(stored, chunk.length_bytes, item_bytes=item_bytes, parameters=chunk.parameters)
+        return
+    raw = memoryview(bytearray(chunk.length_bytes))
     codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
     if blake3(raw).hexdigest() != chunk.raw_hash:
         raise BlobCorruptError("the blob decodes to other bytes than were captured", key=chunk.blob)

@@ -43,7 +43,7 @@ class Phases:
 
         Raises PhaseError for any error of the user's code, with it as the cause; ColdstartErrors pass as they are.
         """
-        if work is None or phase in self._skip:
+        if work is None or self.is_switched_off(phase):
             self._skipped(phase, reason if work is None else "switched off")
             return otherwise
         self._bus.publish(events.PhaseBegan(self._name, phase))
@@ -59,6 +59,10 @@ class Phases:
                 snapshot=self._name,
                 phase=phase,
             ) from error
+
+    def is_switched_off(self, phase: str) -> bool:
+        """Whether ``phase`` is to be left out."""
+        return phase in self._skip
 
     def _skipped(self, phase: str, reason: str) -> None:
         now = self._timeline.clock()

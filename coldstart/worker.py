@@ -214,11 +214,13 @@ class Worker(Answering):
 
     def _make_model(self, phases: Phases, parts: Parts) -> WarmupReport:
         """The phases, in their order: afterwards ``model`` is what the handler gets. What the warm-up did."""
-        definition = self.definition
+        definition, pools = self.definition, parts.pools
+        if not phases.is_switched_off("pool_alloc"):
+            pools.begin(parts.pool_plan)
         state = phases.run("weight_load", parts.load_state)
         self._keeps_answers = bool(self._services.pinned) or any(map(parts.wants_program, parts.parts))
         self.kind = self.last_thaw.kind if self.last_thaw else parts.kind
-        phases.run("pool_alloc", None, reason=parts.pools_told)
+        phases.run("pool_alloc", pools.settle if pools.has_plan() else None, reason="no snapshot lists pools")
         compiled = phases.run(
             "kernel_compile", self._hook(definition.compile, parts.context, state), reason="no compile="
         )
@@ -227,6 +229,8 @@ class Worker(Answering):
             "custom_init", self._hook(definition.init, parts.context, state), reason="no init=", otherwise=state
         )
         self.model = state if definition.owner is not None else made
+        pools.let_go()
+        pools.watch_workspace()
         inputs = definition.warmup.inputs
         warmed = phases.run("warmup_inference", self._warmup if inputs else None, reason="no warmup= inputs")
         self.warmup = warmed or WarmupReport((), 0, 0)

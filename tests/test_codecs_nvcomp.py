@@ -307,6 +307,15 @@ def test_memory_that_is_not_the_devices_is_an_illegal_access(fake):
     assert fake.driver.call("cuStreamSynchronize", fake.stream) == ILLEGAL_ADDRESS
 
 
+def test_memory_freed_under_a_queued_batch_is_an_illegal_access(fake):
+    """Scratch, targets and arrays have to stay until the batch is done; the process goes on, the context does not."""
+    batch = fake.batch([zstandard.compress(TEXT)] * 50, [len(TEXT)] * 50)
+    with fake.driver.held(fake.stream):
+        fake.nvcomp.zstd_decode(batch, stream=fake.stream)
+        fake.driver.do("cuMemFree_v2", batch.scratch)
+    assert fake.driver.call("cuStreamSynchronize", fake.stream) == ILLEGAL_ADDRESS
+
+
 def test_work_without_a_current_context_is_refused(fake):
     """As the real library says it: an error of CUDA."""
     batch = fake.batch([zstandard.compress(TEXT)], [len(TEXT)])

@@ -39,6 +39,7 @@ def ctx(tmp_path, seen):
         span=span,
         log=lambda message, fields: seen.append((message, dict(fields))),
         scratch=tmp_path / "scratch",
+        pool=lambda *asked: seen.append(asked),
     )
 
 
@@ -359,3 +360,13 @@ def test_a_phase_of_the_users_own_is_on_the_timeline(monkeypatch):
     handler({"input": 0})
     spans = handler.__coldstart__.ready_worker.record["spans"]
     assert [span["track"] for span in spans if span["name"] == "normalise"] == ["phase"]
+
+
+# --- pools -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_is_the_starts(ctx, seen):
+    """A pool is asked of the start, as a KV cache unless ``kind=`` says otherwise."""
+    ctx.pool("cache", (2, 8), "float32")
+    ctx.pool("work", [4], "int8", kind="activations")
+    assert seen == [("cache", (2, 8), "float32", "kv_cache"), ("work", [4], "int8", "activations")]

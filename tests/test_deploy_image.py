@@ -111,6 +111,15 @@ def test_the_requirements_are_the_blocks_and_ours_once(image, tmp_path):
     assert not {"torch", "modal", "pytest", "coldstart-gpu"} & names
 
 
+def test_workers_with_a_gpu_get_what_decodes_there(image, tmp_path):
+    """An image for a GPU has nvCOMP's library, and no other has its 43 MB."""
+    plain, _ = context(image, tmp_path / "plain")
+    with_gpu, _ = context(image._replace(script=image.script._replace(gpu=("L4",))), tmp_path / "gpu")
+    added = {*(with_gpu / "requirements.txt").read_text().splitlines()}
+    added -= {*(plain / "requirements.txt").read_text().splitlines()}
+    assert [re.match(r"[\w-]+", line)[0] for line in added] == ["nvidia-libnvcomp-cu12"]
+
+
 def test_an_installed_coldstart_needs_what_the_checkout_says(monkeypatch, tmp_path):
     """Read from an installed distribution's metadata, the requirements are those of pyproject.toml."""
     from_checkout = own_requirements()

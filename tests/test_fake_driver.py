@@ -176,6 +176,15 @@ def test_a_call_fails_when_it_is_told_to(start):
     assert [driver.call("cuMemHostRegister_v2", 4096, 10, 0) for _ in range(2)] == [304, 304]
 
 
+def test_an_error_of_the_device_stays(start):
+    """A call that is told to fail as a broken device does, breaks the context for all that follow."""
+    driver = start(FAIL="cuEventQuery:1=700,cuMemFree_v2:1=2")
+    driver.open()
+    event, address = driver.make("cuEventCreate", 0), driver.make("cuMemAlloc_v2", 10)
+    assert [driver.call("cuMemFree_v2", address) for _ in range(2)] == [OUT_OF_MEMORY, SUCCESS]
+    assert driver.call("cuEventQuery", event) == driver.call("cuCtxSynchronize") == ILLEGAL_ADDRESS
+
+
 def test_init_takes_the_time_it_is_told_to(start):
     """As the real one takes half a second and more."""
     begin = time.monotonic()

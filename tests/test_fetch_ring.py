@@ -53,7 +53,7 @@ def test_a_slot_is_nobody_elses_until_it_is_released(ring):
     ring.hand_over(*taken[1], 0, is_raw=False)
     (filled,) = ring.filled(4)
     assert not got
-    ring.release(filled.slot)
+    ring.release([filled.slot])
     waiting.join(PATIENCE_SECONDS)
     assert got == [taken[1][0]]
 
@@ -92,7 +92,7 @@ def test_what_a_dead_fetcher_held_is_free_again(ring):
     assert {slot for slot, _ in taken} == {0, 1, 2} - {copying.slot}
     ring.hand_over(*taken[0], 2, is_raw=False)
     assert [filled.chunk for filled in ring.filled(4)] == [2]
-    ring.release(copying.slot)
+    ring.release([copying.slot])
     assert ring.take()[0] == copying.slot
 
 
@@ -113,7 +113,7 @@ def test_stopping_tells_everybody(ring):
     waiting.join(PATIENCE_SECONDS)
     assert failed
     assert ring.filled(4) == []
-    ring.release(taken[0][0])  # what was under way may still end
+    ring.release([taken[0][0]])  # what was under way may still end
 
 
 def test_another_process_shares_slots_and_records(ring):

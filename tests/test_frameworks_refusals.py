@@ -161,7 +161,7 @@ def test_more_arrays_than_the_format_holds_are_refused(monkeypatch: pytest.Monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_tensors_on_a_device_are_refused():
     """Tensors on a GPU are not read through the CPU."""
-    with pytest.raises(UncapturableError, match="device arrays come with the cuda device"):
+    with pytest.raises(UncapturableError, match="this start's state belongs on the cpu"):
         survey([torch.zeros(1, device="cuda")])
 
 

@@ -262,9 +262,7 @@ def test_arrays_of_other_libraries_are_refused():
 
     with pytest.raises(UncapturableError, match=r"state\.w is a Foreign: only arrays of torch and numpy"):
         survey(Holder(w=Foreign()))
-    with pytest.raises(
-        UncapturableError, match=r'state\["w"\] is an array on a device: device arrays come with the cuda'
-    ):
+    with pytest.raises(UncapturableError, match=r'state\["w"\] is a OnDevice on a GPU: only arrays of torch and cupy'):
         survey({"w": OnDevice()})
 
 

@@ -24,10 +24,12 @@ from coldstart.manifest import (
     Buffer,
     Chunk,
     FileEntry,
+    Form,
     KeyRecord,
     Leaf,
     Manifest,
     Pool,
+    PoolArray,
     Published,
     Ref,
     Segment,
@@ -116,6 +118,8 @@ MANIFEST = Manifest(
     extra={"extra": {"a": [1]}, "note": "of a newer minor version"},
 )
 
+POOL_ARRAY = PoolArray("kv", "torch", "bfloat16", (2, 1 << 31), ("cache", "layers[0].keys"))
+
 REF = Ref(
     name="minilm",
     key=KEY,
@@ -164,6 +168,40 @@ def test_manifest_golden_bytes():
     golden = (GOLDEN / "manifest-v1.json").read_bytes()
     assert manifest_to_json(MANIFEST) == golden
     assert manifest_from_json(golden) == MANIFEST
+
+
+def test_pool_arrays_golden_bytes():
+    """A manifest with arrays of pools has these bytes, and one without has those of before there were any."""
+    golden = (GOLDEN / "manifest-v1-pools.json").read_bytes()
+    pooled = MANIFEST._replace(pool_arrays=(POOL_ARRAY,))
+    assert manifest_to_json(pooled) == golden
+    assert manifest_from_json(golden) == pooled
+    assert set(json.loads(golden)) - set(json.loads(manifest_to_json(MANIFEST))) == {"pool_arrays"}
+
+
+WITH_FORMS = MANIFEST._replace(
+    device_type="cuda",
+    requires=("forms",),
+    host_segments=(3,),
+    forms=(
+        Form(0, "nvcomp-ans/6", {"block_bytes": 524288, "nvcomp": "6.0.0"}, "2" * 64, 700),
+        Form(2, "nvcomp-ans/6", {"block_bytes": 524288, "nvcomp": "6.0.0"}, "3" * 64, 310),
+    ),
+)
+
+
+def test_manifest_with_forms_golden_bytes():
+    """A generation for a GPU, with chunks in a further form, is written and read as it was the first time."""
+    golden = (GOLDEN / "manifest-v1-forms.json").read_bytes()
+    assert manifest_to_json(WITH_FORMS) == golden
+    assert manifest_from_json(golden) == WITH_FORMS
+
+
+def test_blobs_are_those_of_chunks_and_of_forms():
+    """What a generation names is told with lengths, both forms of a chunk; what a worker fetches is one of them."""
+    assert WITH_FORMS.blobs == {**MANIFEST.blobs, "2" * 64: 700, "3" * 64: 310}
+    assert MANIFEST.blobs == {chunk.blob: chunk.stored_bytes for chunk in MANIFEST.chunks}
+    assert WITH_FORMS.stored_bytes == MANIFEST.stored_bytes
 
 
 def test_ref_golden_bytes():
@@ -266,6 +304,7 @@ def test_file_names_that_are_not(name):
 
 
 DOCUMENT = json.loads(manifest_to_json(MANIFEST))
+FORMS_DOCUMENT = json.loads(manifest_to_json(WITH_FORMS))
 REFERENCE = json.loads(ref_to_json(REF))
 
 HOSTILE_REFS = {
@@ -373,6 +412,8 @@ def test_unknown_requirements_are_refused():
         manifest_from_json(spoil(DOCUMENT, "requires", ["sparse"]))
 
 
+POOLED = json.loads(manifest_to_json(MANIFEST._replace(pool_arrays=(POOL_ARRAY,))))
+
 HOSTILE_MANIFESTS = {
     "cut off": manifest_to_json(MANIFEST)[:-100],
     "a ref": ref_to_json(REF),
@@ -389,6 +430,15 @@ HOSTILE_MANIFESTS = {
     "a column too many": spoil(DOCUMENT, "pools.colour", ["red"]),
     "a column that is no list": spoil(DOCUMENT, "pools.name", {"0": "kv"}),
     "rows for columns": spoil(DOCUMENT, "pools", [{"name": "kv", "kind": "kv_cache", "length_bytes": 1}]),
+    "array of no pool": spoil(POOLED, "pool_arrays.name.0", "absent"),
+    "array of a pool twice": manifest_to_json(MANIFEST._replace(pool_arrays=(POOL_ARRAY, POOL_ARRAY))),
+    "pool array larger than its pool": spoil(POOLED, "pool_arrays.shape.0", [1 << 34]),
+    "pool array of few items": spoil(POOLED, "pool_arrays.shape.0", [8]),
+    "pool array of no items": spoil(POOLED, "pool_arrays.shape.0", [0]),
+    "pool array where a leaf is": spoil(POOLED, "pool_arrays.paths.0", ["model.embed.weight"]),
+    "pool array with one path twice": spoil(POOLED, "pool_arrays.paths.0", ["a", "a"]),
+    "paths that are no list": spoil(POOLED, "pool_arrays.paths.0", "cache"),
+    "pool arrays that are a list": spoil(POOLED, "pool_arrays", []),
     "chunks with a hole": lose(DOCUMENT, "chunks", row=0),
     "chunks that stop early": lose(DOCUMENT, "chunks", row=3),
     "chunks that overlap": spoil(DOCUMENT, "chunks.offset_bytes.1", 1023),
@@ -411,6 +461,16 @@ HOSTILE_MANIFESTS = {
     "chunk stored in nothing": spoil(DOCUMENT, "chunks.stored_bytes.1", 0),
     "chunk stored in a tebibyte": spoil(DOCUMENT, "chunks.stored_bytes.1", 1 << 40),
     "blob of two lengths": spoil(DOCUMENT, "chunks.blob.1", "b" * 64),
+    "forms that are not required": spoil(FORMS_DOCUMENT, "requires", []),
+    "forms that are a list": spoil(FORMS_DOCUMENT, "forms", []),
+    "form of no chunk": spoil(FORMS_DOCUMENT, "forms.chunk.1", 4),
+    "two forms of a chunk": spoil(FORMS_DOCUMENT, "forms.chunk.1", 0),
+    "forms out of order": spoil(FORMS_DOCUMENT, "forms.chunk", [2, 0]),
+    "form stored in nothing": spoil(FORMS_DOCUMENT, "forms.stored_bytes.0", 0),
+    "form stored in a tebibyte": spoil(FORMS_DOCUMENT, "forms.stored_bytes.0", 1 << 40),
+    "form's blob that is a chunk's of another length": spoil(FORMS_DOCUMENT, "forms.blob.0", "b" * 64),
+    "form's blob that climbs": spoil(FORMS_DOCUMENT, "forms.blob.0", "../../" + "d" * 58),
+    "form with a column too many": spoil(FORMS_DOCUMENT, "forms.colour", ["red", "red"]),
     "blob that climbs": spoil(DOCUMENT, "chunks.blob.1", "../../" + "d" * 58),
     "blob in capitals": spoil(DOCUMENT, "chunks.blob.1", "D" * 64),
     "hash with a line end": spoil(DOCUMENT, "chunks.raw_hash.1", "c" * 64 + "\n"),

@@ -19,10 +19,12 @@ from coldstart.manifest import (
     Buffer,
     Chunk,
     FileEntry,
+    Form,
     KeyRecord,
     Leaf,
     Manifest,
     Pool,
+    PoolArray,
     Segment,
     manifest_from_json,
     manifest_to_json,
@@ -135,10 +137,26 @@ class Chunks(Table):
     stored_bytes: list[Annotated[Count, Field(ge=1)]]
 
 
+class Forms(Table):
+    chunk: list[Count]
+    codec: list[Text]
+    parameters: list[Parameters]
+    blob: list[Hash]
+    stored_bytes: list[Annotated[Count, Field(ge=1)]]
+
+
 class Pools(Table):
     name: list[Text]
     kind: list[Kind]
     length_bytes: list[Count]
+
+
+class PoolArrays(Table):
+    name: list[Text]
+    framework: list[Text]
+    dtype: list[Text]
+    shape: list[Shape]
+    paths: list[list[Text]]
 
 
 class Version(BaseModel):
@@ -177,8 +195,10 @@ class Oracle(BaseModel):
     platform: dict[Utf8, Utf8]
     provenance: dict[Utf8, Utf8]
     warmup_digests: list[Text] = Field(max_length=4096)
-    requires: list[Text] = Field(max_length=0)
+    requires: list[Literal["forms"]] = Field(max_length=4096)
     signature: Text
+    pool_arrays: PoolArrays = PoolArrays(name=[], framework=[], dtype=[], shape=[], paths=[])
+    forms: Forms = Forms(chunk=[], codec=[], parameters=[], blob=[], stored_bytes=[])
 
     @model_validator(mode="after")
     def whole(self):
@@ -187,12 +207,15 @@ class Oracle(BaseModel):
         assert depth(self.__pydantic_extra__) <= 200
         assert self.parent == "" or manifest_name(self.parent) == self.name
         check_tiles(self.chunks.rows(), lengths)
+        check_forms(self.forms.rows(), self.chunks.rows())
+        assert "forms" in self.requires or not self.forms.chunk
         check_held([*self.buffers.rows(), *self.files.rows()], lengths)
         assert len(set(self.buffers.name)) == len(self.buffers.name)
         check_leaves(self.leaves.rows(), self.buffers.length_bytes)
         check_files(self.files.rows())
         assert len(set(self.pools.name)) == len(self.pools.name)
         assert sum(self.pools.length_bytes) <= 4 * TEBIBYTE
+        check_pool_arrays(self.pool_arrays.rows(), self.pools.rows(), self.leaves.path)
         return self
 
 
@@ -258,6 +281,18 @@ def check_tiles(chunks: list[dict], lengths: list[int]) -> None:
         assert all(other["stored_bytes"] == chunk["stored_bytes"] for other in chunks if other["blob"] == chunk["blob"])
 
 
+def check_forms(forms: list[dict], chunks: list[dict]) -> None:
+    """Each form is of a chunk that there is and that has no other, in their order, and its blob has one length."""
+    numbers = [form["chunk"] for form in forms]
+    assert numbers == sorted(set(numbers))
+    for form in forms:
+        length = chunks[form["chunk"]]["length_bytes"] if form["chunk"] < len(chunks) else 0
+        assert length > 0
+        assert form["stored_bytes"] <= length + length // 8 + (64 << 10)
+        for other in (*forms, *chunks):
+            assert other["blob"] != form["blob"] or other["stored_bytes"] == form["stored_bytes"]
+
+
 def check_held(holders: list[dict], lengths: list[int]) -> None:
     """Buffers and files lie inside their segments, and no two of them share a byte."""
     for index, one in enumerate(holders):
@@ -288,6 +323,17 @@ def check_leaves(leaves: list[dict], buffer_lengths: list[int]) -> None:
             (original,) = [other for other in leaves[:index] if other["path"] == leaf["same_as"]]
             assert original["same_as"] == ""
             assert all(original[field] == leaf[field] for field in leaf if field not in ("path", "role", "same_as"))
+
+
+def check_pool_arrays(arrays: list[dict], pools: list[dict], leaf_paths: list[str]) -> None:
+    """Each is one pool's, of items that the pool has room for, at places of the state where nothing else is."""
+    assert len({array["name"] for array in arrays}) == len(arrays)
+    for array in arrays:
+        (pool,) = [pool for pool in pools if pool["name"] == array["name"]]
+        items = math.prod(array["shape"])
+        assert 1 <= items <= pool["length_bytes"] <= 64 * items
+    paths = [path for array in arrays for path in array["paths"]]
+    assert len({*paths, *leaf_paths}) == len(paths) + len(leaf_paths)
 
 
 def check_files(files: list[dict]) -> None:
@@ -345,6 +391,11 @@ def manifests(draw) -> Manifest:
                 Chunk(number, begin, length, draw(hashes), draw(texts), parameters, f"{len(chunks):064x}", stored)
             )
             begin += length
+    forms = [
+        Form(number, draw(texts), {}, f"{1000 + number:064x}", draw(st.integers(1, 1 + chunk.length_bytes // 2)))
+        for number, chunk in enumerate(chunks)
+        if draw(st.booleans())
+    ]
     leaves = [draw(leaf_of(buffers, f"leaf{number}")) for number in range(draw(st.integers(0, 4)))]
     leaves += [
         leaf._replace(path=f"{leaf.path}.tied", role=draw(texts), same_as=leaf.path)
@@ -364,16 +415,18 @@ def manifests(draw) -> Manifest:
         leaves=tuple(leaves),
         files=tuple(files),
         chunks=tuple(chunks),
-        pools=tuple(Pool(f"p{number}", "other", number) for number in range(draw(st.integers(0, 2)))),
+        pools=tuple(Pool(f"p{number}", "other", number) for number in range(draw(st.integers(2, 3)))),
         tree=draw(st.none() | st.dictionaries(texts, st.lists(st.integers() | texts, max_size=2), max_size=2)),
         modules=draw(st.dictionaries(texts, st.booleans(), max_size=2)),
         programs=tuple(draw(st.lists(st.dictionaries(texts, texts, max_size=2), max_size=2))),
         platform=draw(st.dictionaries(texts, texts, max_size=2)),
         provenance=draw(st.dictionaries(texts, texts, max_size=2)),
         warmup_digests=tuple(draw(st.lists(texts, max_size=2))),
-        requires=(),
+        requires=("forms",) if forms else (),
         signature=draw(texts),
         extra=draw(st.dictionaries(texts.map("x-{}".format), texts, max_size=2)),
+        pool_arrays=draw(st.sampled_from([(), (PoolArray("p1", "torch", "int8", (1,), ("cache",)),)])),
+        forms=tuple(forms),
     )
 
 

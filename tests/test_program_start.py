@@ -131,6 +131,11 @@ def program(*constants: ConstantPlace, file: str = "0.onnx") -> Program:
     return Program(ONNX, "onnx", PLATFORMS["onnx"], "", {}, (Entry("", SIGNATURE, file, constants, ()),))
 
 
+def allocated(name: str, length_bytes: int) -> Any:
+    """Zeroed bytes for a pool."""
+    return np.zeros(length_bytes, np.uint8)
+
+
 def restored() -> Any:
     """A snapshot in memory: an array of the state, a constant of the program's own, its file, and room for a cache."""
     segments = (Segment(4, "weights", "both", 256), Segment(8, "weights", OWN, 256), Segment(1, "other", OWN, 256))
@@ -150,7 +155,7 @@ def restored() -> Any:
 def test_loading(runtimes: dict[str, Runtime]) -> None:
     """Constants are where the snapshot has them, caches are memory of their own, and the call answers with them."""
     snapshot = restored()
-    calls = load_calls(program(*CONSTANTS), snapshot)
+    calls = load_calls(program(*CONSTANTS), snapshot, allocated)
     assert calls[""](np.zeros(2, np.float32)).tolist() == [4 + 5 + 6 + 7 + 300.0] * 2
     ((file, (shared, own, cache)),) = runtimes["onnx"].loaded
     assert bytes(file) == b"graph"
@@ -177,15 +182,15 @@ def test_constants_outside(runtimes: dict[str, Runtime], place: ConstantPlace) -
     with pytest.raises(
         ProgramError, match=f"constant '{place.name}' of the program lies outside the snapshot's buffers"
     ):
-        load_calls(program(place), restored())
+        load_calls(program(place), restored(), allocated)
     assert runtimes["onnx"].loaded == []
 
 
 def test_missing_file(runtimes: dict[str, Runtime]) -> None:
     """A program whose file the snapshot does not have, or has for another program, is refused by its name."""
     with pytest.raises(ProgramError, match=r"the program's file '1\.onnx' is not in the snapshot"):
-        load_calls(program(file="1.onnx"), restored())
+        load_calls(program(file="1.onnx"), restored(), allocated)
     snapshot = restored()
     snapshot.manifest = snapshot.manifest._replace(files=(FileEntry("kept", "0.onnx", 0o644, 2, 0, 5),))
     with pytest.raises(ProgramError, match=r"the program's file '0\.onnx' is not in the snapshot"):
-        load_calls(program(), snapshot)
+        load_calls(program(), snapshot, allocated)

@@ -175,3 +175,11 @@ def test_any_number_of_arguments() -> None:
     """Functions with * take their arguments by place, in the recorded call and later."""
     call = eager(lambda *arrays: arrays[0] + arrays[1])
     assert call(X, X).tolist() == (X + X).tolist()
+
+
+def test_arguments_go_where_the_state_is() -> None:
+    """The eager call moves its arguments to the device of the module that it calls, here to meta in place of a GPU."""
+    net = torch.nn.Linear(2, 4, device="meta")
+    assert eager(net)(torch.ones(3, 2)).device.type == "meta"
+    assert eager(net.forward)(torch.ones(3, 2)).device.type == "meta"
+    assert eager(doubled)(torch.ones(3, 2)).device.type == "cpu"

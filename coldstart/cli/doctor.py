@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.errors import ColdstartError
+from coldstart.errors import CodecError, ColdstartError
 
 if TYPE_CHECKING:
     import argparse
@@ -118,6 +118,19 @@ def _device() -> Iterator[Finding]:
     info = pick(load().device).info()
     memory = f"{info.free_bytes / 1e9:.1f} of {info.memory_bytes / 1e9:.1f} GB free"
     yield Finding("device", "ok", f"{info.type}: {info.name}, {memory}")
+    if info.type == "cuda":
+        yield from _gpu_codecs()
+
+
+def _gpu_codecs() -> Iterator[Finding]:
+    from coldstart.codecs.nvcomp import Nvcomp
+
+    try:
+        nvcomp = Nvcomp.load()
+    except CodecError as error:
+        yield Finding("device", "note", f"chunks are decoded by the processor and not by the GPU: {error}")
+        return
+    yield Finding("device", "ok", f"nvCOMP {nvcomp.version} decodes on the GPU")
 
 
 def _store() -> Iterator[Finding]:

@@ -122,6 +122,7 @@ def _show(options: argparse.Namespace, repository: Repository) -> int:
         document["leaves"] = [leaf._asdict() for leaf in manifest.leaves]
         document["files"] = [entry._asdict() for entry in manifest.files]
         document["chunks"] = [chunk._asdict() for chunk in manifest.chunks]
+        document["forms"] = [form._asdict() for form in manifest.forms]
         print(json.dumps(document))
         return 0
     for name, value in document.items():
@@ -135,8 +136,8 @@ def _show(options: argparse.Namespace, repository: Repository) -> int:
 
 def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
     codecs: dict[str, int] = {}
-    for chunk in manifest.chunks:
-        codecs[chunk.codec] = codecs.get(chunk.codec, 0) + 1
+    for codec in [chunk.codec for chunk in manifest.chunks] + [form.codec for form in manifest.forms]:
+        codecs[codec] = codecs.get(codec, 0) + 1
     return {
         "name": manifest.name,
         "generation": manifest.generation,
@@ -185,7 +186,8 @@ def _verify(options: argparse.Namespace, repository: Repository) -> int:
 
 def _summarise(ref: Ref, manifest: Manifest, wrong: Sequence[Place], stores: Sequence[Store]) -> None:
     for number, store in enumerate(stores):
-        good = len(manifest.chunks) - sum(place.store == number for place in wrong)
+        bad = {place.finding.chunk for place in wrong if place.store == number}
+        good = len(manifest.chunks) - len(bad)
         where = f" in {store.url}" if len(stores) > 1 else ""
         print(f"{ref.name} generation {ref.generation}{where}: {good} of {len(manifest.chunks)} chunks are right")
 

@@ -20,12 +20,21 @@ _CODECS = {
     "raw": ("coldstart.codecs.raw", "RawCodec"),
     "zstd": ("coldstart.codecs.zstd", "ZstdCodec"),
     "planes+zstd": ("coldstart.codecs.planes", "PlanesCodec"),
+    "nvcomp-ans/6": ("coldstart.codecs.ans", "AnsCodec"),
 }
-NAMES = tuple(_CODECS)
-"""Every codec of this coldstart, as manifests name them."""
+FOR_DEVICES = ("nvcomp-ans/6",)
+"""Codecs of further forms of a chunk, which only devices encode and decode."""
+NAMES = tuple(name for name in _CODECS if name not in FOR_DEVICES)
+"""Every codec that any machine encodes and decodes, as manifests name them."""
 
-_LEVELLED = ("zstd",)
-"""Codecs that take a ``level``."""
+ANS = "nvcomp-ans"
+"""The setting that stores chunks of a GPU's memory in a further form; in their own they are stored as with ``auto``."""
+
+DEVICE_BLOCK_BYTES = 64 << 10
+"""Raw bytes of a block that a GPU will decode: one takes few of a GPU's threads, so it wants many, shorter than a processor's."""
+
+_OPTIONS = {"zstd": "level", "planes+zstd": "block_bytes"}
+"""What a codec's encoder can be told."""
 
 _AUTOMATIC = ("zstd", "planes+zstd")
 """What ``auto`` tries on a sample; ``raw`` needs no trying."""
@@ -46,20 +55,34 @@ def codec(codec_id: str) -> Codec:
 
 
 @cache
-def encoder(codec_id: str, *, level: int) -> Codec:
-    """Return the codec of this name for writing at ``level``, where it has levels. Raises CodecError like ``codec``."""
-    return _make(codec_id, level=level) if codec_id in _LEVELLED else codec(codec_id)
+def encoder(codec_id: str, *, level: int, block_bytes: int | None = None) -> Codec:
+    """Return the codec of this name for writing at ``level``, where it has levels, in blocks of that size, where it has blocks.
+
+    Raises CodecError like ``codec``.
+    """
+    told = {"level": level, "block_bytes": block_bytes}
+    value = told.get(_OPTIONS.get(codec_id, ""))
+    return codec(codec_id) if value is None else _make(codec_id, **{_OPTIONS[codec_id]: value})
 
 
 def _make(codec_id: str, **options: int) -> Codec:
     if codec_id not in _CODECS:
         raise CodecError(
-            f"unknown codec {codec_id[:80]!r}: this coldstart knows {', '.join(NAMES)}; "
+            f"unknown codec {codec_id[:80]!r}: this coldstart knows {', '.join(_CODECS)}; "
             "was the snapshot written by a newer coldstart?"
         )
     module, name = _CODECS[codec_id]
     made: Codec = getattr(import_module(module), name)(**options)
     return made
+
+
+def check_setting(setting: str, device_type: str) -> None:
+    """Raise ConfigError where the codec setting asks for what a device of this type cannot do."""
+    if setting == ANS and device_type != "cuda":
+        raise ConfigError(
+            f"COLDSTART_CODEC={ANS} has nvCOMP encode on an NVIDIA GPU, and the state is to live on device {device_type}:"
+            " use auto, or COLDSTART_DEVICE=cuda on a machine with a GPU"
+        )
 
 
 def choose(sample: memoryview, *, item_bytes: int, setting: str) -> str:
@@ -71,7 +94,7 @@ def choose(sample: memoryview, *, item_bytes: int, setting: str) -> str:
     """
     if setting == "auto":
         return _choose_by_sample(_spread(sample), item_bytes)
-    if setting not in _CODECS:
+    if setting not in NAMES:
         raise ConfigError(f"the codec setting is {setting!r}: use auto, {' or '.join(NAMES)}")
     return codec(setting).id
 

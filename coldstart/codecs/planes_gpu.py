@@ -14,24 +14,20 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from coldstart.codecs.nvcomp import DecodeBatch, status_name
+from coldstart.codecs.gpu_batches import ADDRESS_BYTES, COLUMNS, RESULT_BYTES, check_results, decode_batch
 from coldstart.devices.cuda_kernels import kernels_on
 from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
-from coldstart.errors import CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from coldstart.codecs.nvcomp import DecodeBatch
     from coldstart.codecs.planes import Block, Planes
     from coldstart.devices.cuda_driver import Gpu, Stream
 
 SMALLEST_BLOCK_BYTES = 4096
 """Blocks that are shorter would make tables of millions: such chunks are decoded on the host."""
 
-_ADDRESS_BYTES = 8
-_STATUS_BYTES = 4
-_FRAME_TABLES = 4
-"""For each frame: where it is, its length, the room for what it gives, and where that is."""
 _PLACE_BYTES = 16
 """Frames are decoded to addresses that are multiples of this, for the merge to read whole words."""
 
@@ -76,8 +72,8 @@ class PlanesDecoder:
         self._kernels = kernels_on(gpu)
         self._frames = frames
         self._limits = limits
-        self._table = PinnedMemory(gpu, limits.blocks * _ADDRESS_BYTES * (_FRAME_TABLES + 1))
-        self._results = PinnedMemory(gpu, limits.blocks * (_ADDRESS_BYTES + _STATUS_BYTES))
+        self._table = PinnedMemory(gpu, limits.blocks * ADDRESS_BYTES * (COLUMNS + 1))
+        self._results = PinnedMemory(gpu, limits.blocks * RESULT_BYTES)
         with gpu.current():
             self._temp_bytes = frames.zstd_temp_bytes(
                 limits.blocks,
@@ -106,28 +102,18 @@ class PlanesDecoder:
             addresses.append(address)
         words = [word for column in zip(*frames, strict=True) for word in column] + addresses
         struct.pack_into(f"<{len(words)}Q", self._table.view, 0, *words)
-        stream.copy_in(self._device_table.address, self._table.address, _ADDRESS_BYTES * len(words))
+        stream.copy_in(self._device_table.address, self._table.address, ADDRESS_BYTES * len(words))
         if frames:
             self._decode_frames(len(frames), stream)
-        self._merge(batch, self._device_table.address + _ADDRESS_BYTES * _FRAME_TABLES * len(frames), stream)
+        self._merge(batch, self._device_table.address + ADDRESS_BYTES * COLUMNS * len(frames), stream)
 
     def _decode_frames(self, count: int, stream: Stream) -> None:
         table, results = self._device_table.address, self._device_results.address
-        column_bytes = _ADDRESS_BYTES * count
-        batch = DecodeBatch(
-            item_count=count,
-            stored=table,
-            stored_bytes=table + column_bytes,
-            targets=table + 3 * column_bytes,
-            room_bytes=table + 2 * column_bytes,
-            decoded_bytes=results,
-            statuses=results + column_bytes,
-            scratch=self._temp.address,
-            scratch_bytes=self._temp_bytes,
-        )
+        scratch = (self._temp.address, self._temp_bytes)
+        batch = decode_batch(count, table, results, results + ADDRESS_BYTES * count, scratch)
         with self._gpu.current():
             self._frames.zstd_decode(batch, stream=stream.handle)
-        stream.copy_out(self._results.address, results, (_ADDRESS_BYTES + _STATUS_BYTES) * count)
+        stream.copy_out(self._results.address, results, RESULT_BYTES * count)
 
     def _merge(self, batch: Sequence[Encoded], blocks: int, stream: Stream) -> None:
         for encoded in batch:
@@ -146,19 +132,11 @@ class PlanesDecoder:
             if encoded.raw_bytes > whole_bytes:
                 tail = encoded.stored + planes.tail_offset_bytes
                 stream.copy_within(encoded.target + whole_bytes, tail, encoded.raw_bytes - whole_bytes)
-            blocks += _ADDRESS_BYTES * len(planes.blocks)
+            blocks += ADDRESS_BYTES * len(planes.blocks)
 
     def check(self) -> None:
         """After the stream is done: raise CodecError unless every frame of the batch gave what it had to."""
-        count = len(self._rooms)
-        actual = struct.unpack_from(f"<{count}Q", self._results.view, 0)
-        statuses = struct.unpack_from(f"<{count}i", self._results.view, _ADDRESS_BYTES * count)
-        for room, got, status in zip(self._rooms, actual, statuses, strict=True):
-            if status or got != room:
-                raise CodecError(
-                    f"nvCOMP decoded a zstd frame of {room} bytes to {got} ({status_name(status)}): the frame is damaged,"
-                    " or this nvCOMP does not read it; COLDSTART_CODEC=raw stores without"
-                )
+        check_results(self._results.view, self._rooms, "a zstd frame")
 
     def end(self) -> None:
         """Give the scratch back; nothing may be queued any more."""

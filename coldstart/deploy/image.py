@@ -29,6 +29,8 @@ _PLATFORM = "linux/amd64"
 
 _DISTRIBUTION = "coldstart-gpu"
 _EXTRAS = ("s3", "runpod")
+NVCOMP = "nvcomp"
+"""The extra for workers with a GPU: with it chunks are decoded there."""
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.pyc", "_deploy", ".*")
 _REPOSITORY = re.compile(r"[a-z0-9][a-z0-9.-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+|[a-z0-9]+([._-]+[a-z0-9]+)*")
@@ -79,7 +81,8 @@ def write_context(folder: str, image: Image) -> None:
     """Lay out the build context in an empty folder. Raises ImageError where a part of coldstart cannot be found."""
     shutil.copyfile(find_dockerfile(), os.path.join(folder, "Dockerfile"))
     with open(os.path.join(folder, "requirements.txt"), "w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in dict.fromkeys((*image.script.dependencies, *own_requirements())))
+        extras = (*_EXTRAS, NVCOMP) if image.script.gpu or image.script.runpod.gpu else _EXTRAS
+        file.writelines(f"{line}\n" for line in dict.fromkeys((*image.script.dependencies, *own_requirements(extras))))
     shutil.copytree(_PACKAGE, os.path.join(folder, "coldstart"), ignore=_NOT_COPIED)
     for source, name in image.files:
         place = os.path.join(folder, "app", *name.split("/"))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from coldstart import config
 from coldstart.config import child_environment, environment_now
-from coldstart.deploy.image import DEFAULT_PYTHON, own_requirements
+from coldstart.deploy.image import DEFAULT_PYTHON, NVCOMP, own_requirements
 from coldstart.deploy.options import add_common_arguments, overridden
 from coldstart.deploy.shape import read_shape
 from coldstart.deploy.sources import source_files
@@ -74,7 +74,7 @@ def deploy_command(options: argparse.Namespace, target: Target) -> int:
         return _stop(options.name or shape.name, options)
     plan = make_plan(target.path, shape, script, options, environment_now())
     unsaid = () if script.dependencies else (NO_DEPENDENCIES,)
-    for note in (*notes(script, shape, plan["variables"]), *unsaid):
+    for note in (*notes(plan["variables"]), *unsaid):
         print(f"note: {note}", file=sys.stderr)
     text = app_file(plan)
     if options.write:
@@ -156,7 +156,8 @@ def make_plan(
 
 def _packages(script: Script, web: str) -> list[str]:
     of_web = ("fastapi>=0.110",) if web else ()
-    return list(dict.fromkeys((*script.dependencies, *of_web, *own_requirements(("s3",)))))
+    extras = ("s3", NVCOMP) if script.modal.gpu or script.gpu else ("s3",)
+    return list(dict.fromkeys((*script.dependencies, *of_web, *own_requirements(extras))))
 
 
 def _class_options(script: Script) -> dict[str, Any]:

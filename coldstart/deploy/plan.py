@@ -182,7 +182,7 @@ class _Variables:
         declared = {name: environment[name] for name in shape.env if name in environment}
         self.all: dict[str, str] = {**declared, **store, **script.env, **secrets, **references, **ours}
         self.secret_names = frozenset({*secrets, *store_secrets} - {*references, *script.env})
-        self.notes = notes(script, shape, self.all, elsewhere=references)
+        self.notes = notes(self.all, elsewhere=references)
 
 
 def _secret_values(

@@ -70,18 +70,11 @@ def check_access(address: str, variables: Container[str], remedy: str) -> None:
         )
 
 
-def notes(
-    script: Script, shape: HandlerShape, variables: Container[str], *, elsewhere: Container[str] = ()
-) -> tuple[str, ...]:
+def notes(variables: Container[str], *, elsewhere: Container[str] = ()) -> tuple[str, ...]:
     """What whoever deploys should know. ``elsewhere``: variables whose values the platform has."""
     found = []
     if "COLDSTART_SESSION_TOKEN" in variables and "COLDSTART_SESSION_TOKEN" not in elsewhere:
         found.append("the store's credentials are temporary: workers lose the store when they expire")
-    if script.gpu or script.runpod.gpu or script.modal.gpu:
-        found.append(
-            f"workers get a GPU, and ctx.device is still 'cpu' in this version: a load that moves its model to the GPU"
-            f" itself works, and {shape.name!r} is then kept as files, not as arrays"
-        )
     return tuple(found)
 
 

@@ -21,9 +21,9 @@ def pick(setting: str) -> Device:
     if setting not in ("auto", "cpu") and (name != "cuda" or not (number or "0").isdecimal()):
         raise ConfigError(f"the device setting is {setting!r}: use auto, cpu, cuda or cuda:<number>")
     if setting == "auto":
-        from coldstart.devices.visible import is_visible
+        from coldstart.devices import visible
 
-        name = "cuda" if is_visible(read_variable("CUDA_VISIBLE_DEVICES")) else "cpu"
+        name = "cuda" if visible.is_visible(read_variable("CUDA_VISIBLE_DEVICES")) else "cpu"
     if name == "cpu":
         from coldstart.devices.cpu import CpuDevice
 

@@ -115,6 +115,14 @@ class Device(ABC):
         ``host_segments``: indices of those that belong into host memory, whatever the device.
         """
 
+    def zeros(self, length_bytes: int) -> Any:
+        """Bytes of no arena, like those of ``Arena.array``: zeros, and really there. Raises DeviceError, MemoryError."""
+        import numpy as np
+
+        made = np.empty(length_bytes, np.uint8)
+        made.fill(0)
+        return made
+
     def adopt(self, memory_file: int, segment_bytes: Sequence[int]) -> Arena:
         """An arena of segments of these sizes over a memory file that another process lays out as ``allocate`` would.
 

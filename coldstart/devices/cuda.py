@@ -71,6 +71,17 @@ class CudaDevice(Device):
         """One allocation for all segments but those of the host. Raises DeviceError with what was asked and what is free."""
         return CudaArena(self.gpu, segment_bytes, host_segments)
 
+    def zeros(self, length_bytes: int) -> DeviceBytes:
+        """Fresh device memory, zeroed. Raises DeviceError."""
+        gpu = self.gpu
+        memory, stream = DeviceMemory(gpu, length_bytes), Stream(gpu)
+        try:
+            stream.fill(memory.address, 0, max(1, length_bytes))
+            stream.synchronize()
+        finally:
+            stream.end()
+        return DeviceBytes(memory.address, length_bytes, gpu.ordinal, memory)
+
 
 class CudaArena(Arena):
     """Segments in device memory, those of the host in host memory. Its arrays there are ``DeviceBytes``."""

@@ -5,7 +5,10 @@ copy. It works in the device's *primary context*, the one that the CUDA runtime,
 allocated here can be handed to either as it is. Names and constants are those of ``cuda.h`` (driver API 12).
 
 A context is current to a thread. Every call here makes the device's own current for as long as it takes and then puts
-back what was, so a caller needs to know nothing of that. Calls release the interpreter lock.
+back what was, so a caller needs to know nothing of that.
+
+Calls that wait for something release the interpreter lock. Those that only queue work keep it: they take microseconds, and
+a thread that lets go of the lock beside one that imports gets it back after 5 ms.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuCtxGetCurrent": (_OUT,),
     "cuCtxSetCurrent": (_POINTER,),
     "cuCtxGetStreamPriorityRange": (_OUT, _OUT),
+    "cuCtxSynchronize": (),
     "cuMemGetInfo_v2": (_OUT, _OUT),
     "cuMemAlloc_v2": (_OUT, _SIZE),
     "cuMemFree_v2": (_ADDRESS,),
@@ -63,6 +67,15 @@ _PROTOTYPES: dict[str, tuple[type, ...]] = {
     "cuModuleGetFunction": (_OUT, _POINTER, ctypes.c_char_p),
     "cuLaunchKernel": (_POINTER, *(_WORD,) * 7, _POINTER, _OUT, _OUT),
 }
+
+_QUICK = frozenset(
+    """
+    cuDriverGetVersion cuDeviceGetCount cuDeviceGet cuDeviceGetName cuDeviceTotalMem_v2 cuDeviceGetAttribute cuCtxGetCurrent
+    cuCtxSetCurrent cuCtxGetStreamPriorityRange cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2 cuMemsetD8Async
+    cuStreamWaitEvent cuEventCreate cuEventDestroy_v2 cuEventRecord cuModuleGetFunction cuLaunchKernel
+    """.split()  # noqa: SIM905  a list of names, not of quotes
+)
+"""Functions that return at once, so that letting go of the interpreter lock would cost more than they take."""
 
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream, on which users compute
@@ -138,8 +151,8 @@ class Driver:
 
 def _load(library: str) -> dict[str, ctypes._NamedFuncPointer]:
     try:
-        loaded = ctypes.CDLL(library)
-        found = {name: getattr(loaded, name) for name in _PROTOTYPES}
+        loaded, quick = ctypes.CDLL(library), ctypes.PyDLL(library)
+        found = {name: getattr(quick if name in _QUICK else loaded, name) for name in _PROTOTYPES}
         for name, arguments in _PROTOTYPES.items():
             found[name].argtypes, found[name].restype = arguments, ctypes.c_int
         for name in ("cuGetErrorName", "cuGetErrorString"):
@@ -206,6 +219,11 @@ class Stream:
         """Wait until all is done. Raises DeviceError for what went wrong on the way."""
         self._gpu.call("cuStreamSynchronize", self.handle)
 
+    def drain(self) -> None:
+        """Wait until nothing runs any more, however it went. Never raises."""
+        if self.handle:
+            self._gpu.quietly("cuStreamSynchronize", self.handle)
+
     def end(self) -> None:
         """Let go of the stream; what is queued still runs. May be called twice, and never raises."""
         handle, self.handle = self.handle, 0
@@ -252,8 +270,9 @@ class Gpu:
                 f"there is no GPU {ordinal} for this process, which may use {count}: see COLDSTART_DEVICE"
                 " and CUDA_VISIBLE_DEVICES"
             )
-        made = ctypes.c_void_p()
-        driver.call("cuDevicePrimaryCtxRetain", ctypes.addressof(made), ordinal)
+        device, made = ctypes.c_int(), ctypes.c_void_p()
+        driver.call("cuDeviceGet", ctypes.addressof(device), ordinal)
+        driver.call("cuDevicePrimaryCtxRetain", ctypes.addressof(made), device.value)
         self._context = made.value
 
     @property
@@ -305,12 +324,16 @@ class Gpu:
             self.driver.check("cuMemAlloc_v2", status)
         return made.value
 
+    def synchronize(self) -> None:
+        """Wait until all that anybody has queued by now is done. Raises DeviceError for what went wrong on the way."""
+        self.call("cuCtxSynchronize")
+
     def free_quietly(self, address: int) -> None:
         """Give memory back, once all that is under way on the device is done."""
         self.quietly("cuMemFree_v2", address)
 
     def quietly(self, name: str, argument: int) -> None:
-        """Call what gives something back. Never raises: where the device failed, somebody has heard of it already."""
+        """Call what ends something, or gives it back. Never raises: where the device failed, somebody has heard of it already."""
         with self.current():
             self.driver.status(name, argument)
 

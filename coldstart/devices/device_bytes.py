@@ -20,6 +20,16 @@ class DeviceBytes:
     def __len__(self) -> int:
         return self.length_bytes
 
+    def __getitem__(self, part: slice) -> DeviceBytes:
+        """A part of the run, which keeps the owner alive too."""
+        begin, end, _ = part.indices(self.length_bytes)
+        return DeviceBytes(self.address + begin, max(0, end - begin), self.ordinal, self.owner)
+
+    @property
+    def nbytes(self) -> int:
+        """The length in bytes."""
+        return self.length_bytes
+
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Ready to be used on any stream; an empty array has no address."""
@@ -39,3 +49,8 @@ class DeviceBytes:
         from coldstart.devices.cuda_memory import copy_out
 
         return memoryview(copy_out(open_gpu(self.ordinal), self.address + begin, end - begin))
+
+
+def host_bytes(data: Any) -> memoryview:
+    """The bytes of an array, or a copy of them where they are on a GPU."""
+    return data.read(0, data.length_bytes) if isinstance(data, DeviceBytes) else memoryview(data)

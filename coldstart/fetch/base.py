@@ -53,7 +53,8 @@ class FetchRequest(NamedTuple):
 
     With a ``ring`` chunks are handed over there, to who puts them into the arena (``landing``): as they are stored where
     their codec is ``raw`` or one of ``device_codecs``, which the device decodes, else decoded. What is handed over as it is
-    stored is not hashed once more with ``verify_raw``: that is for who decodes it.
+    stored is not hashed once more with ``verify_raw``: that is for who decodes it. ``manifest.forms`` are what its chunks are
+    stored as besides (``plan.in_forms``): read where a chunk cannot be had as it is, and by a proof.
     """
 
     manifest: Manifest
@@ -85,7 +86,7 @@ class FetchReport(NamedTuple):
     ended_monotonic_seconds: float
     reads: int = 0
     degraded: tuple[str, ...] = ()
-    """What a store opened for this fetch had to give up, such as its local cache."""
+    """What had to be given up: by a store opened for this fetch, such as its local cache, and forms of chunks."""
     tally: Tally = Tally()
     """What stores that other processes opened for this fetch have got over."""
 

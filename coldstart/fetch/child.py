@@ -20,7 +20,7 @@ from coldstart.fetch.crew import Bounds, next_chunk, queue_of, share_of
 from coldstart.fetch.ring import Ring, RingFiles, shape_of
 from coldstart.fetch.threads import start_threads
 from coldstart.manifest import Manifest, manifest_from_json, ref_from_json
-from coldstart.plan import fetch_order, needed
+from coldstart.plan import fetch_order, in_forms, needed
 from coldstart.programs.record import chosen, consumer_of
 from coldstart.stores import StoreOptions, open_store
 
@@ -47,7 +47,7 @@ def main() -> None:
             outcome = _look_up_and_fetch(outbox, inbox, task, store)
         else:
             outcome = _fetch(outbox, task, manifest_from_json(task["manifest"].encode()), store, descriptors)
-        outbox.say({**outcome, "degraded": degraded, "tally": list(store.tally)})
+        outbox.say({**outcome, "degraded": degraded + outcome["degraded"], "tally": list(store.tally)})
     except ColdstartError as error:
         outbox.say(told(error))
     outbox.leave()
@@ -107,6 +107,7 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         stored = store.get(key)
         manifest = _needed(manifest_from_json(stored.data), task["programs"])
         if "ring_bytes" in task:
+            manifest = in_forms(manifest, task["device_codecs"])
             return _fetch_to_new_ring(outbox, task, stored, key, manifest, store)
         arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))
     except StoreTransientError:
@@ -219,4 +220,5 @@ def _fetch_into(
         "began_monotonic_seconds": report.began_monotonic_seconds,
         "ended_monotonic_seconds": report.ended_monotonic_seconds,
         "reads": report.reads,
+        "degraded": list(report.degraded),
     }

@@ -5,7 +5,9 @@ another, which waits on the device for the copies. It waits for nothing itself b
 the GPU: one frees slots as soon as they were copied, so that fetchers go on, the other looks at what decoding gave. So
 reading, copying and decoding go on at the same time, and no chunk is waited for by itself.
 
-Chunks that belong to the host (files), and those that the GPU cannot decode, are put in place by this process' processor.
+Chunks that belong to the host (files), and those that the GPU cannot decode, are put in place by this process' processor. Of
+chunks in a form that only a GPU decodes (``manifest.Form``) it reads the other form then, one after another: that comes to
+pass where nvCOMP is installed and does not work, and is slow.
 """
 
 from __future__ import annotations
@@ -16,25 +18,26 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from coldstart.codecs import codec
-from coldstart.codecs.planes import Planes, planes_of
-from coldstart.codecs.planes_gpu import SMALLEST_BLOCK_BYTES, Encoded, Limits, PlanesDecoder
+from coldstart.codecs import FOR_DEVICES, codec
 from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Event, Stream
 from coldstart.devices.cuda_hashes import Hashes
 from coldstart.devices.cuda_memory import DeviceMemory
 from coldstart.errors import BlobCorruptError, CodecError, ColdstartError, DeviceError, SnapshotError
+from coldstart.fetch.decoding import ANS, PLANES, Arrived, Decoders, Table, arrived, is_for_gpu, limits_of, table_of
 from coldstart.manifest import blob_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from coldstart.codecs.planes_gpu import FrameDecoder
     from coldstart.fetch.base import FetchRequest
+    from coldstart.fetch.decoding import GpuDecoder
     from coldstart.fetch.ring import Filled, Ring
     from coldstart.manifest import Chunk, Manifest
+    from coldstart.stores.base import Store
 
-PLANES = "planes+zstd"
+__all__ = ["ANS", "PLANES", "Landing", "device_codecs", "land", "limits_of"]
+
 SCRATCHES = 2
 """Batches that are on the device at once: while one is decoded, the next is copied."""
 MOST_BATCH_BYTES = 64 << 20
@@ -44,8 +47,9 @@ MOST_BATCH_BYTES = 64 << 20
 class Landing:
     """All chunks of a manifest on their way from a ring into an arena. Begins at once, in threads of its own.
 
-    ``open_frames``: opens what decodes zstd frames on the GPU, called when the first one has come; None, or a CodecError of
-    it, leaves decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place.
+    ``open_frames``: opens what decodes on the GPU, called if there are chunks for it; None, or a CodecError of it, leaves
+    decoding to the processor, and ``degraded`` says so. ``verify_raw``: hash every chunk once it is in place. ``store``: where
+    other forms of chunks are.
     """
 
     def __init__(
@@ -54,8 +58,9 @@ class Landing:
         arena: CudaArena,
         ring: Ring,
         *,
-        open_frames: Callable[[], FrameDecoder] | None,
+        open_frames: Callable[[], GpuDecoder] | None,
         verify_raw: bool = False,
+        store: Store | None = None,
     ) -> None:
         self.degraded: list[str] = []
         self.error: BaseException | None = None
@@ -64,7 +69,8 @@ class Landing:
         self._arena = arena
         self._ring = ring
         self._open_frames = open_frames
-        self._frames: FrameDecoder | None = None
+        self._frames: GpuDecoder | None = None
+        self._store = store
         self._verify_raw = verify_raw
         self._batch = max(1, min(ring.slots // 2, MOST_BATCH_BYTES // ring.slot_bytes))
         self._taken: set[int] = set()
@@ -111,12 +117,14 @@ class Landing:
         copying, decoding = Stream(gpu), Stream(gpu)
         copied, decoded = _Waiter("copied", self._fail), _Waiter("decoded", self._fail)
         try:
+            self._prepare_decoding()  # in the shadow of the first reads
             while group := self._ring.filled(self._batch):
                 self._land(group, host, copying, decoding, copied, decoded)
         finally:
             copied.end()
             decoded.end()
             for stream in (copying, decoding):
+                stream.drain()  # after an error something may be queued that nobody waits for, and its memory goes now
                 stream.end()
             if pinned:
                 gpu.unpin(host)
@@ -144,52 +152,47 @@ class Landing:
     ) -> None:
         """Queue a group. Its slots are free again when it is copied."""
         batch = _Batch([], [], [])
-        stored: list[tuple[Filled, Chunk, Planes]] = []
+        stored: list[tuple[Filled, Chunk, Table]] = []
         for filled in group:
             chunk = self._manifest.chunks[filled.chunk]
-            planes = self._planes(filled, chunk)
+            table = self._table(filled, chunk)
             if filled.chunk in self._taken:  # a fetcher died, and another did its work again
-                self._ring.release(filled.slot)
-            elif not self._arena.is_on_device(chunk.segment) or (planes is None and not filled.is_raw):
+                self._ring.release([filled.slot])
+            elif not self._arena.is_on_device(chunk.segment) or (table is None and not filled.is_raw):
                 self._place(filled, chunk)
-                self._ring.release(filled.slot)
+                self._ring.release([filled.slot])
             else:
                 batch.slots.append(filled.slot)
-                if planes is None:
+                if table is None:
                     copying.copy_in(self._target(chunk), host + filled.slot * self._ring.slot_bytes, chunk.length_bytes)
                 else:
-                    stored.append((filled, chunk, planes))
+                    stored.append((filled, chunk, table))
                 batch.chunks.append(chunk)
             self._taken.add(filled.chunk)
         if not batch.slots:
             return
         scratch = self._scratch() if stored or self._verify_raw else None
         if scratch is not None:
-            for place, (filled, chunk, planes) in enumerate(stored):
+            for place, (filled, chunk, table) in enumerate(stored):
                 address = scratch.stored_address(place * self._ring.slot_bytes)
                 copying.copy_in(address, host + filled.slot * self._ring.slot_bytes, chunk.stored_bytes)
                 item_bytes = self._manifest.segments[chunk.segment].item_bytes
-                batch.encoded.append(Encoded(address, self._target(chunk), chunk.length_bytes, item_bytes, planes))
+                batch.encoded.append(arrived(address, self._target(chunk), chunk, item_bytes, table))
         event = Event(self._arena.gpu).record(copying)
         if scratch is not None:
             decoding.wait_for(event)
             self._decode(batch, scratch, decoding)
             decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
-        copied.add(event, partial(self._release, batch.slots))
+        copied.add(event, partial(self._ring.release, batch.slots))
 
-    def _planes(self, filled: Filled, chunk: Chunk) -> Planes | None:
+    def _table(self, filled: Filled, chunk: Chunk) -> Table | None:
         """The table of a chunk that the GPU is to decode; None for any other."""
-        if filled.is_raw or chunk.codec != PLANES or not self._arena.is_on_device(chunk.segment):
+        if filled.is_raw or not self._arena.is_on_device(chunk.segment) or not is_for_gpu(chunk):
             return None
-        block_bytes = chunk.parameters.get("block_bytes")
-        if type(block_bytes) is not int or block_bytes < SMALLEST_BLOCK_BYTES or not self._can_decode():
+        if self._frames is None:
             return None
-        return planes_of(
-            self._ring.slot(filled.slot, chunk.stored_bytes),
-            chunk.length_bytes,
-            item_bytes=self._manifest.segments[chunk.segment].item_bytes,
-            parameters=chunk.parameters,
-        )
+        stored = self._ring.slot(filled.slot, chunk.stored_bytes)
+        return table_of(chunk, stored, self._manifest.segments[chunk.segment].item_bytes)
 
     def _target(self, chunk: Chunk) -> int:
         return self._arena.address(chunk.segment, chunk.offset_bytes, chunk.length_bytes)
@@ -201,26 +204,40 @@ class Landing:
         else:
             raw = memoryview(bytearray(chunk.length_bytes))
             stored = self._ring.slot(filled.slot, chunk.stored_bytes)
+            if chunk.codec in FOR_DEVICES:
+                chunk, stored = self._other_form(filled.chunk)
             item_bytes = self._manifest.segments[chunk.segment].item_bytes
             codec(chunk.codec).decode(stored, raw, item_bytes=item_bytes, parameters=chunk.parameters)
         self._arena.place(chunk.segment, chunk.offset_bytes, raw)
 
-    def _release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._ring.release(slot)
+    def _other_form(self, index: int) -> tuple[Chunk, memoryview]:
+        """A chunk in the form that a processor decodes, and its stored bytes, verified. Raises StoreError, CodecError."""
+        from blake3 import blake3
+
+        chunk = self._manifest.chunks[index]
+        form = next((form for form in self._manifest.forms if form.chunk == index), None)
+        if form is None or self._store is None:
+            raise CodecError(f"a chunk is stored as {chunk.codec}, which nothing here decodes: blob {chunk.blob}")
+        key = blob_key(form.blob)
+        stored = self._store.get(key).data
+        if blake3(stored).hexdigest() != form.blob:
+            raise BlobCorruptError(
+                f"blob {form.blob} is not what its name says: altered or damaged in the store", key=key
+            )
+        return form.of(chunk), memoryview(stored)
 
     # --- on the device -----------------------------------------------------------------------------------------------
 
-    def _can_decode(self) -> bool:
-        """Whether the GPU decodes: found out with the first chunk that it could, with scratch for one batch."""
-        if self._frames is None and self._open_frames is not None:
-            try:
-                self._frames = self._open_frames()
-                self._scratches.put(self._new_scratch())
-            except (CodecError, DeviceError) as error:
-                self._open_frames = self._frames = None
-                self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
-        return self._frames is not None
+    def _prepare_decoding(self) -> None:
+        """Open what decodes on the GPU, with scratch for one batch, if there is anything for it to decode."""
+        if self._open_frames is None or not any(map(is_for_gpu, self._manifest.chunks)):
+            return
+        try:
+            self._frames = self._open_frames()
+            self._scratches.put(self._new_scratch())
+        except (CodecError, DeviceError) as error:
+            self._frames = None
+            self.degraded.append(f"chunks are decoded by the processor and not by the GPU: {error}")
 
     def _scratch(self) -> _Scratch:
         """Scratch that nothing is using: more is made while there are few and the GPU has room, then it is waited for."""
@@ -249,7 +266,7 @@ class Landing:
         if self._verify_raw:
             hashes = Hashes(gpu, self._batch, max(chunk.length_bytes for chunk in self._manifest.chunks))
         if self._frames is not None:
-            decoder = PlanesDecoder(gpu, self._frames, limits_of(self._manifest, self._batch))
+            decoder = Decoders(gpu, self._frames, self._manifest, self._batch)
             stored = DeviceMemory(gpu, self._batch * slot_bytes)
         self._made.append(_Scratch(stored, decoder, hashes))
         return self._made[-1]
@@ -279,14 +296,14 @@ class _Batch(NamedTuple):
 
     slots: list[int]
     chunks: list[Chunk]
-    encoded: list[Encoded]
+    encoded: list[Arrived]
 
 
 class _Scratch(NamedTuple):
     """Device memory for one batch."""
 
     stored: DeviceMemory | None
-    decoder: PlanesDecoder | None
+    decoder: Decoders | None
     hashes: Hashes | None
 
     def stored_address(self, offset_bytes: int) -> int:
@@ -335,38 +352,25 @@ class _Waiter:
 def land(request: FetchRequest, ring: Ring) -> Landing:
     """Begin to put what comes through ``ring`` into the arena of a request, which is on a GPU."""
     assert isinstance(request.arena, CudaArena)
-    return Landing(request.manifest, request.arena, ring, open_frames=_open_frames, verify_raw=request.verify_raw)
+    can_decode = not {PLANES, ANS}.isdisjoint(request.device_codecs)
+    return Landing(
+        request.manifest,
+        request.arena,
+        ring,
+        open_frames=_open_frames if can_decode else None,
+        verify_raw=request.verify_raw,
+        store=request.store,
+    )
 
 
 def device_codecs() -> tuple[str, ...]:
     """Codecs that GPUs decode here, as far as can be told without opening one: where nvCOMP is installed, those that need it."""
     from coldstart.codecs.nvcomp import is_installed
 
-    return (PLANES,) if is_installed() else ()
+    return (PLANES, ANS) if is_installed() else ()
 
 
-def _open_frames() -> FrameDecoder:
+def _open_frames() -> GpuDecoder:
     from coldstart.codecs.nvcomp import Nvcomp
 
     return Nvcomp.load()
-
-
-def limits_of(manifest: Manifest, chunks: int) -> Limits:
-    """What a batch of so many of the manifest's chunks can have at most, of those that a GPU decodes."""
-    found = [
-        (chunk, manifest.segments[chunk.segment].item_bytes, int(chunk.parameters.get("block_bytes", 0)))
-        for chunk in manifest.chunks
-        if chunk.codec == PLANES
-    ]
-    blocks = [
-        item_bytes * -(-(chunk.length_bytes // item_bytes) // block_bytes)
-        for chunk, item_bytes, block_bytes in found
-        if block_bytes >= SMALLEST_BLOCK_BYTES
-    ]
-    return Limits(
-        chunks,
-        chunks * max((chunk.stored_bytes for chunk, _, _ in found), default=0),
-        chunks * max((chunk.length_bytes for chunk, _, _ in found), default=0),
-        chunks * max(blocks, default=0),
-        max((min(block_bytes, chunk.length_bytes) for chunk, _, block_bytes in found), default=0),
-    )

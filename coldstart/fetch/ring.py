@@ -33,7 +33,7 @@ MOST_SLOTS = 256
 
 _FREE = struct.Struct("<HH")
 _FILLED = struct.Struct("<HHI?")
-_WAKING = _FILLED.pack(0xFFFF, 0, 0, False)
+_WAKING = (0xFFFF, 0, 0, False)
 
 
 class Filled(NamedTuple):
@@ -132,17 +132,18 @@ class Ring:
         while not (self._is_stopped or self._is_woken) and len(found) < most:
             if not _has_input(self.files.filled_reader, 0.0 if found else None):
                 break
-            record = _read(self.files.filled_reader, _FILLED.size)
-            self._is_woken = record is None or record == _WAKING
-            if record is not None and not self._is_woken:
-                found += self._accepted(*_FILLED.unpack(record))
+            for record in _FILLED.iter_unpack(os.read(self.files.filled_reader, _FILLED.size * (most - len(found)))):
+                if record == _WAKING:
+                    self._is_woken = True
+                else:
+                    found += self._accepted(*record)
         if not found:
             self._is_woken = False
         return found
 
     def wake(self) -> None:
         """Let ``filled`` return when it has taken all that was handed over until now."""
-        os.write(self.files.filled_writer, _WAKING)
+        os.write(self.files.filled_writer, _FILLED.pack(*_WAKING))
 
     def _accepted(self, slot: int, epoch: int, chunk: int, is_raw: bool) -> Sequence[Filled]:  # noqa: FBT001
         with self._lock:
@@ -151,12 +152,12 @@ class Ring:
             self._held.add(slot)
         return (Filled(slot, chunk, is_raw),)
 
-    def release(self, slot: int) -> None:
-        """The slot is free again."""
+    def release(self, slots: Sequence[int]) -> None:
+        """These slots are free again."""
         with self._lock:
-            self._held.discard(slot)
+            self._held.difference_update(slots)
             if not self._is_stopped:
-                os.write(self.files.free_writer, _FREE.pack(slot, self._epoch))
+                os.write(self.files.free_writer, b"".join(_FREE.pack(slot, self._epoch) for slot in slots))
 
     def recover(self) -> None:
         """Take back all slots that fetchers had: they are gone. Nobody may be fetching."""

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from coldstart.codecs import codec
-from coldstart.errors import BlobCorruptError, SnapshotError
+from coldstart.errors import BlobCorruptError, CodecError, ObjectMissingError, SnapshotError
 from coldstart.fetch.base import PROGRESS_SECONDS, Fetch, FetchReport, FetchRequest
 from coldstart.fetch.width import Width
 from coldstart.manifest import blob_key
@@ -49,7 +49,11 @@ class _ThreadFetch(Fetch):
         self._error: BaseException | None = None
         chunks = request.manifest.chunks
         self._width = Width(most=max(1, min(request.threads, len(chunks))))
-        self._buffers = _Buffers(max((chunk.stored_bytes for chunk in chunks), default=0))
+        self._others = {form.chunk: form.of(chunks[form.chunk]) for form in request.manifest.forms}
+        """What is read where a chunk cannot be had in the form that the manifest has in its place."""
+        self._replaced = 0
+        stored = [*chunks, *self._others.values()]
+        self._buffers = _Buffers(max((chunk.stored_bytes for chunk in stored), default=0))
         self._rooms = _Buffers(max((chunk.length_bytes for chunk in chunks if chunk.codec != RAW), default=0))
         decoders = _decoders(request, self._rooms.size_bytes)
         self._budget_bytes = request.budget_bytes - decoders * self._rooms.size_bytes
@@ -70,7 +74,10 @@ class _ThreadFetch(Fetch):
         if self._stop.is_set():
             raise SnapshotError("the fetch was cancelled", snapshot=manifest.name)
         fetched_bytes = sum(chunk.stored_bytes for chunk in manifest.chunks)
-        return FetchReport("threads", fetched_bytes, self._retried, self._began, self._ended, self._width.reads)
+        degraded = (f"{self._replaced} chunks had to be read in another form",) if self._replaced else ()
+        return FetchReport(
+            "threads", fetched_bytes, self._retried, self._began, self._ended, self._width.reads, degraded
+        )
 
     def cancel(self) -> None:
         self._stop.set()
@@ -116,14 +123,33 @@ class _ThreadFetch(Fetch):
             ring.hand_over(slot, epoch, index, is_raw=True)
         else:
             slot, epoch = ring.take()
-            room = ring.slot(slot, chunk.stored_bytes)
-            self._read_into(chunk, room)
-            if chunk.codec != RAW:
-                codec(chunk.codec).check(
-                    room, chunk.length_bytes, item_bytes=self._item_bytes(chunk), parameters=chunk.parameters
-                )
-            ring.hand_over(slot, epoch, index, is_raw=chunk.codec == RAW)
+            is_raw = chunk.codec == RAW
+            try:
+                self._read_as_stored(chunk, ring.slot(slot, chunk.stored_bytes))
+            except (BlobCorruptError, CodecError, ObjectMissingError):
+                if index not in self._others:
+                    raise
+                self._read_other(index, ring.slot(slot, chunk.length_bytes))
+                self._replaced, is_raw = self._replaced + 1, True
+            else:
+                if self._request.verify_raw and index in self._others:
+                    self._read_other(index, memoryview(bytearray(chunk.length_bytes)))
+            ring.hand_over(slot, epoch, index, is_raw=is_raw)
         self._count(chunk.stored_bytes)
+
+    def _read_as_stored(self, chunk: Chunk, room: memoryview) -> None:
+        """Fill ``room`` with the stored bytes of a chunk, whose claims are right too."""
+        self._read_into(chunk, room)
+        if chunk.codec != RAW:
+            codec(chunk.codec).check(
+                room, chunk.length_bytes, item_bytes=self._item_bytes(chunk), parameters=chunk.parameters
+            )
+
+    def _read_other(self, index: int, raw: memoryview) -> None:
+        """Fill ``raw`` from the other form of a chunk."""
+        other = self._others[index]
+        with self._read(other) as stored, self._decoding:
+            self._decode(other, stored, raw)
 
     def _count(self, placed_bytes: int) -> None:
         with self._lock:

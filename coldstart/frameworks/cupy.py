@@ -77,6 +77,15 @@ def view(leaf: Leaf, buffer: Any) -> Any:
     return cupy.ndarray(leaf.shape, dtype, place, tuple(step * leaf.item_bytes for step in leaf.strides))
 
 
+def zeros(dtype: str, shape: tuple[int, ...], ordinal: int) -> Any:
+    """Zeros on that GPU. Raises ManifestError for a dtype that is none, MemoryError, StateMismatchError without cupy."""
+    cupy = _installed()
+    if not _DTYPE.match(dtype):
+        raise ManifestError(f"{dtype!r} is a dtype that no array of cupy can have here")
+    with cupy.cuda.Device(ordinal):
+        return cupy.zeros(shape, dtype)
+
+
 def _installed() -> Any:
     try:
         import cupy

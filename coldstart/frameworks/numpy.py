@@ -64,6 +64,20 @@ def view(leaf: Leaf, buffer: Any) -> Any:
         raise ManifestError(f"leaf {leaf.path!r} cannot be laid over its buffer: {error}") from error
 
 
+def zeros(dtype: str, shape: tuple[int, ...]) -> Any:
+    """An array of zeros, each page of it written to. Raises ManifestError for a dtype that is none, MemoryError."""
+    import numpy as np
+
+    if not _DTYPE.match(dtype):
+        raise ManifestError(f"{dtype!r} is a dtype that no array of numpy can have here")
+    try:
+        made = np.empty(shape, dtype)
+    except (TypeError, ValueError) as error:
+        raise ManifestError(f"an array of {shape} items of {dtype!r} cannot be made: {error}") from error
+    made[...] = np.zeros((), dtype)
+    return made
+
+
 def _dtype(leaf: Leaf) -> Any:
     import numpy as np
 

@@ -145,11 +145,16 @@ def storage_of(buffer: Any) -> Any:
 
     Raises StateMismatchError where this torch has no CUDA and the bytes are a GPU's.
     """
+    return flat_bytes(buffer).untyped_storage()
+
+
+def flat_bytes(buffer: Any) -> Any:
+    """A tensor of uint8 that is ``buffer``: see ``storage_of``."""
     torch = _installed()
     if not hasattr(buffer, "__cuda_array_interface__"):
-        return torch.from_numpy(buffer).untyped_storage()
+        return torch.from_numpy(buffer)
     try:
-        return torch.as_tensor(buffer, device=f"cuda:{buffer.ordinal}").untyped_storage()
+        return torch.as_tensor(buffer, device=f"cuda:{buffer.ordinal}")
     except (RuntimeError, AssertionError) as error:
         raise StateMismatchError(
             f"the snapshot holds tensors on a GPU, which this torch cannot use ({error}): install a build for CUDA, or set"
@@ -175,6 +180,16 @@ def view(leaf: Leaf, storage: Any) -> Any:
         return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, leaf.shape, leaf.strides)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ManifestError(f"leaf {leaf.path!r} cannot be laid over its buffer: {error}") from error
+
+
+def zeros(dtype: str, shape: tuple[int, ...], device: str) -> Any:
+    """A plain tensor of zeros. Raises ManifestError for a dtype that this torch does not have, RuntimeError as torch does."""
+    found = _dtype_named(dtype)
+    if found is None:
+        raise ManifestError(f"{dtype!r} is a dtype that this torch does not have")
+    import torch
+
+    return torch.zeros(shape, dtype=found, device=device)
 
 
 def finish(leaf: Leaf, tensor: Any) -> Any:

@@ -16,8 +16,10 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from coldstart.errors import ProgramError, ProgramRuntimeError
+from coldstart.errors import DeviceError, ProgramError, ProgramRuntimeError
+from coldstart.frameworks import torch as for_torch
 from coldstart.programs.base import Backend, Runner
+from coldstart.programs.calls import as_torch
 from coldstart.programs.cpu import instruction_set
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class _Package:
         self._addresses = {tensor.untyped_storage().data_ptr() for tensor in held.values()}
         self._inputs = inputs
         self._outputs = outputs
+        self._device = next((tensor.device for tensor in held.values()), None)
 
     def run(self, arrays: Sequence[Any]) -> Sequence[Any]:
         """One inference. A second one that comes meanwhile waits for it."""
@@ -110,7 +113,7 @@ class _Package:
             raise ProgramError(f"the program takes {self._inputs} arrays and was given {len(arrays)}")
         try:
             with self._no_grad():
-                results = self._run(list(arrays))
+                results = self._run([as_torch(array, self._device) for array in arrays])
         except RuntimeError as error:
             raise ProgramError(f"the program failed: {_first_line(error)}") from error
         if len(results) != self._outputs:
@@ -150,17 +153,29 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _gpu_names() -> str:
-    """The GPUs of this machine, by the driver's own record: a package has kernels for one architecture."""
+    """The GPUs of this machine, by the driver's own record: a package has kernels for one architecture.
+
+    Where containers hide that record, the driver is asked, which opens the first GPU.
+    """
     root, names = "/proc/driver/nvidia/gpus", set[str]()
     try:
         for bus in os.listdir(root):
             with open(os.path.join(root, bus, "information"), encoding="utf-8") as file:
                 names.update(line.partition(":")[2].strip() for line in file if line.startswith("Model"))
-    except OSError as error:
+    except OSError:
+        names = {_opened_name()}
+    return ", ".join(sorted(names))
+
+
+def _opened_name() -> str:
+    from coldstart.devices.cuda_driver import open_gpu
+
+    try:
+        return open_gpu(0).name
+    except DeviceError as error:
         raise ProgramRuntimeError(
             f"which GPU this is cannot be seen ({error}), so no program can be chosen for it: start without one"
         ) from error
-    return ", ".join(sorted(names))
 
 
 def _runtime() -> Any:
@@ -223,7 +238,7 @@ def _tensor(torch: Any, constant: Constant) -> Any:
             f"constant {constant.name!r} of the program is {constant.data.nbytes} bytes long, not {length_bytes}"
         )
     try:
-        flat = torch.from_dlpack(constant.data)
+        flat = for_torch.flat_bytes(constant.data)
         if not length_bytes:  # numpy gives it no stride
             return torch.empty(constant.shape, dtype=dtype, device=flat.device)
         return flat.view(dtype).reshape(constant.shape)

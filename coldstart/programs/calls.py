@@ -8,6 +8,7 @@ bfloat16, which numpy lacks, comes as float32.
 from __future__ import annotations
 
 import threading
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ProgramError
@@ -54,6 +55,7 @@ class EagerCall(_Alone):
     def __init__(self, point: EntryPoint, note: Callable[[Any, _NamedArrays], None] | None = None) -> None:
         self._point = point
         self._note = note
+        self._device = device_of(point)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Call it. Raises ProgramCallError for arguments that no program could take, and what the user's code raises."""
@@ -62,7 +64,7 @@ class EagerCall(_Alone):
         point = self._point
         named = named_arguments(point.parameters, arguments, options, entry=point.path)
         structure, arrays = taken_apart(named, "", entry=point.path)
-        given = put_together(structure, [as_torch(array) for _, array in arrays])
+        given = put_together(structure, [as_torch(array, self._device) for _, array in arrays])
         with torch.inference_mode():
             result = called_with(point.function, given)
         shape, results = taken_apart(result, "", entry=point.path)
@@ -106,16 +108,28 @@ def delivered(results: Sequence[Any], arguments: _NamedArrays) -> list[Any]:
     return [as_numpy(result) for result in results]
 
 
-def as_torch(array: Any) -> Any:
-    """The array as a tensor, C-contiguous; it shares memory where it can."""
+def device_of(point: EntryPoint) -> Any:
+    """The torch device that an entry point computes on: its module's; None where that cannot be told."""
+    import torch
+
+    owner = getattr(point.function, "__self__", point.function)
+    if not isinstance(owner, torch.nn.Module):
+        return None
+    return next((tensor.device for tensor in chain(owner.parameters(), owner.buffers())), None)
+
+
+def as_torch(array: Any, device: Any = None) -> Any:
+    """The array as a tensor, C-contiguous, on ``device`` if one is given; it shares memory where it can."""
     import torch
 
     if framework_of(array) == "torch":
-        return array.detach().contiguous()
-    import numpy as np
+        tensor = array.detach().contiguous()
+    else:
+        import numpy as np
 
-    plain = np.asarray(array, order="C")
-    return torch.from_numpy(plain if plain.flags.writeable else plain.copy())  # of a read-only one torch warns
+        plain = np.asarray(array, order="C")
+        tensor = torch.from_numpy(plain if plain.flags.writeable else plain.copy())  # of a read-only one torch warns
+    return tensor if device is None or tensor.device == device else tensor.to(device)
 
 
 def as_numpy(array: Any) -> Any:

@@ -38,6 +38,11 @@ class Onnx(Backend):
         if tuple(map(int, version.split(".")[:2])) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise ProgramRuntimeError(f"ONNX Runtime {version} is too old, {oldest} is needed: {_REMEDY}")
+        if device_type != "cpu":
+            raise ProgramRuntimeError(
+                f"programs of ONNX Runtime are run on the cpu here, and this start is on {device_type}: leave backend out,"
+                " or set COLDSTART_DEVICE=cpu"
+            )
         return {"device": device_type, "onnxruntime": version, "processor": instruction_set()}
 
     def import_runtime(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from coldstart.devices.device_bytes import host_bytes
 from coldstart.manifest import NO_BUFFER, Pool
 from coldstart.programs.base import item_bytes
 from coldstart.programs.folder import RECORD, ArrayReader, read_document, stored_of
@@ -126,7 +127,7 @@ class _Placer:
         from blake3 import blake3
 
         if key not in self._hashes:
-            self._hashes[key] = blake3(memoryview(data)).digest()
+            self._hashes[key] = blake3(host_bytes(data)).digest()
         return self._hashes[key]
 
 

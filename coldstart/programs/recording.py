@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.errors import ExportError
-from coldstart.programs.calls import as_torch
+from coldstart.programs.calls import as_torch, device_of
 from coldstart.programs.signature import named_arguments, same_structure, taken_apart
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Recorder:
         def note(structure: Any, arrays: Sequence[tuple[str, Any]]) -> None:
             with self._lock:
                 if not self._ended and len(self.calls) < MOST_CALLS:
-                    self.calls.append(_call(point.path, structure, arrays))
+                    self.calls.append(_call(point, structure, arrays))
 
         return note
 
@@ -87,12 +87,12 @@ def given_call(point: EntryPoint, values: Mapping[str, Any]) -> Call:
     """A call that ``export(example=...)`` names. Raises ProgramCallError for values that no call could pass."""
     named = named_arguments(point.parameters, (), values, entry=point.path)
     structure, arrays = taken_apart(named, "", entry=point.path)
-    return _call(point.path, structure, arrays)
+    return _call(point, structure, arrays)
 
 
-def _call(path: str, structure: Any, arrays: Sequence[tuple[str, Any]]) -> Call:
-    names = tuple(name for name, _ in arrays)
-    return Call(path, structure, names, tuple(as_torch(array).clone() for _, array in arrays))
+def _call(point: EntryPoint, structure: Any, arrays: Sequence[tuple[str, Any]]) -> Call:
+    names, device = tuple(name for name, _ in arrays), device_of(point)
+    return Call(point.path, structure, names, tuple(as_torch(array, device).clone() for _, array in arrays))
 
 
 def _shown(structure: Any) -> str:

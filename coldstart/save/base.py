@@ -39,7 +39,7 @@ class Terms(NamedTuple):
 
     ``known``: the parent's chunks, see ``plan.known_chunks``, and ``known_stays`` whether their blobs live as long as this
     capture does; ``relies_on_stored``: a blob that is stored already need not be written. ``raw_bytes`` are those of all
-    chunks, ``largest_bytes`` of the largest.
+    chunks, ``largest_bytes`` of the largest. Chunks of ``device_segments`` are encoded for a GPU to decode.
     """
 
     codec: str
@@ -49,6 +49,14 @@ class Terms(NamedTuple):
     relies_on_stored: bool
     raw_bytes: int
     largest_bytes: int
+    device_segments: tuple[int, ...] = ()
+
+
+class StoredAs(NamedTuple):
+    """A codec's id, and the parameters that decoding needs."""
+
+    codec: str
+    parameters: Mapping[str, int | str]
 
 
 class Task(NamedTuple):
@@ -57,7 +65,8 @@ class Task(NamedTuple):
     ``pieces`` gives its bytes as they are at that moment: views of live memory and padding, end to end. ``settled``: they
     are looked at again when all is saved, so a torn copy will be noticed then; else it has to be noticed now. A view may be
     good only until ``pieces`` is called again, for this task or another. ``raw_hash`` gives the hash of the bytes as they are
-    now where somebody can tell it without a copy: the device that they are on.
+    now where somebody can tell it without a copy: the device that they are on. ``stored_as``: the bytes are encoded already,
+    and are stored as they are.
     """
 
     segment: int
@@ -66,12 +75,14 @@ class Task(NamedTuple):
     settled: bool
     pieces: Callable[[], Iterator[memoryview]]
     raw_hash: Callable[[], str] | None = None
+    stored_as: StoredAs | None = None
 
 
 class Saved(NamedTuple):
     """How a chunk is stored. ``is_written``: it was not there before, or could not be relied on.
 
-    ``is_settled``: no collector had decided to delete it before it was written, or found; see ``Repository.is_settled``.
+    ``raw_hash`` is "" where it came encoded. ``is_settled``: no collector had decided to delete it before it was written, or
+    found; see ``Repository.is_settled``.
     """
 
     raw_hash: str

@@ -17,7 +17,7 @@ from coldstart.errors import ColdstartError, StateChangedError
 from coldstart.manifest import Chunk
 from coldstart.pipeline import Job, run_all
 from coldstart.repository import Repository
-from coldstart.save.base import Terms
+from coldstart.save.base import StoredAs, Terms
 from coldstart.save.priority import follow_parent, give_way
 from coldstart.save.process import RING_FD
 from coldstart.save.stage import Rate, Stage, hash_of
@@ -25,6 +25,8 @@ from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from coldstart.save.base import Saved
 
 COPIES = 3
 """Times its raw bytes that a chunk may hold while it is encoded and sent: planes, the stored form, a client's copy of that."""
@@ -103,6 +105,9 @@ class _Work:
                 yield from self._save_jobs(head)
 
     def _save_jobs(self, head: dict[str, Any]) -> Iterator[Job]:
+        if head["stored_as"] is not None:
+            yield self._job(head, COPIES * head["length_bytes"], partial(self._keep, head))
+            return
         found: list[tuple[str, str]] = []
         self._answering(head["number"], lambda: found.append(self._begun(head)))
         for raw_hash, codec in found:
@@ -129,8 +134,11 @@ class _Work:
         saved = self._stage.reused(raw_hash, item_bytes, head["length_bytes"])
         if saved is None:
             codec = codec or self._stage.codec_of(head["segment"], item_bytes, raw)
-            saved = self._stage.stored(raw, raw_hash, item_bytes, codec)
-        return {**saved._asdict(), "parameters": dict(saved.parameters)}
+            saved = self._stage.stored(raw, raw_hash, head["segment"], item_bytes, codec)
+        return _told_saved(saved)
+
+    def _keep(self, head: dict[str, Any]) -> dict[str, Any]:
+        return _told_saved(self._stage.kept(self._raw(head), StoredAs(*head["stored_as"])))
 
     def _hash(self, head: dict[str, Any]) -> dict[str, Any]:
         return {"raw_hash": hash_of(self._raw(head))}
@@ -162,6 +170,10 @@ class _Work:
                 send(self._wire, answer)
         except OSError:
             os._exit(0)  # the parent has gone
+
+
+def _told_saved(saved: Saved) -> dict[str, Any]:
+    return {**saved._asdict(), "parameters": dict(saved.parameters)}
 
 
 def _terms(greeting: dict[str, Any]) -> Terms:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from coldstart.devices.cuda_driver import Gpu
 
 
+_ALIGNMENT_BYTES = 16
+
+
 class Part(NamedTuple):
     """Bytes of an array in a chunk: where in the chunk they begin, their device address, and how many they are."""
 
@@ -33,29 +36,39 @@ class DeviceChunks:
 
     def __init__(self, gpu: Gpu, largest_bytes: int) -> None:
         """Raises DeviceError where the GPU has no room for the scratch: one chunk, and a little for hashes."""
-        self._stream = Stream(gpu, is_urgent=False)
-        weakref.finalize(self, self._stream.end)
+        gpu.synchronize()  # what load and the warm-up queued on streams of their own: this one is not ordered behind them
+        self.gpu = gpu
+        self.stream = Stream(gpu, is_urgent=False)
+        weakref.finalize(self, self.stream.end)
         self._hashes = Hashes(gpu, 1, largest_bytes)
         self._scratch = DeviceMemory(gpu, largest_bytes)
         self._pinned = PinnedMemory(gpu, largest_bytes)
 
     def raw_hash(self, parts: Sequence[Part], length_bytes: int) -> str:
         """The hash of a chunk as it is now. Raises DeviceError."""
-        self._hashes.queue([(self._together(parts, length_bytes), length_bytes)], self._stream)
-        self._stream.synchronize()
+        self._hashes.queue([(self._together(parts, length_bytes), length_bytes)], self.stream)
+        self.stream.synchronize()
         return self._hashes.found()[0]
 
     def read(self, parts: Sequence[Part], length_bytes: int) -> Iterator[memoryview]:
         """The bytes of a chunk as they are now, in one piece. Raises DeviceError."""
-        self._stream.copy_out(self._pinned.address, self._together(parts, length_bytes), length_bytes)
-        self._stream.synchronize()
+        self.stream.copy_out(self._pinned.address, self._together(parts, length_bytes), length_bytes)
+        self.stream.synchronize()
         yield self._pinned.view[:length_bytes]
 
     def _together(self, parts: Sequence[Part], length_bytes: int) -> int:
         """The device address of the whole chunk, once the stream is there."""
         if [part[::2] for part in parts] == [(0, length_bytes)]:
             return parts[0].address
-        self._stream.fill(self._scratch.address, 0, length_bytes)
+        self.stream.fill(self._scratch.address, 0, length_bytes)
         for part in parts:
-            self._stream.copy_within(self._scratch.address + part.offset_bytes, part.address, part.length_bytes)
+            self.stream.copy_within(self._scratch.address + part.offset_bytes, part.address, part.length_bytes)
         return self._scratch.address
+
+    def aligned(self, parts: Sequence[Part], length_bytes: int) -> int:
+        """The same, at a multiple of 16: for nvCOMP."""
+        address = self._together(parts, length_bytes)
+        if address % _ALIGNMENT_BYTES:
+            self.stream.copy_within(self._scratch.address, address, length_bytes)
+            address = self._scratch.address
+        return address

@@ -61,6 +61,8 @@ class _Here(Saver):
     def _save(self, task: Task) -> Saved:
         """The hash is of live memory, and what is encoded and sent is a copy that must have the same."""
         self._check_stopped()
+        if task.stored_as is not None:
+            return self._stage.kept(gathered(task), task.stored_as)
         unmoved = reused(task, self._terms)
         if unmoved is not None:
             return unmoved
@@ -73,7 +75,7 @@ class _Here(Saver):
         if hash_of(raw) != raw_hash:
             raise StateChangedError("bytes of the state changed while they were copied")
         codec = self._stage.codec_of(task.segment, task.item_bytes, raw)
-        return self._stage.stored(raw, raw_hash, task.item_bytes, codec)
+        return self._stage.stored(raw, raw_hash, task.segment, task.item_bytes, codec)
 
     def _check_stopped(self) -> None:
         if self._stopping.is_set():

@@ -208,6 +208,7 @@ class _Process(Saver):
             "item_bytes": task.item_bytes,
             "segment": task.segment,
             "before": before,
+            "stored_as": None if task.stored_as is None else [task.stored_as.codec, dict(task.stored_as.parameters)],
         }
         return number if self._send(head) else None
 
@@ -359,6 +360,7 @@ def _greeting(saving: Saving, terms: Terms) -> dict[str, Any]:
         "relies_on_stored": terms.relies_on_stored,
         "raw_bytes": terms.raw_bytes,
         "largest_bytes": terms.largest_bytes,
+        "device_segments": list(terms.device_segments),
     }
 
 

@@ -6,15 +6,15 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from coldstart.codecs import choose, encoder
+from coldstart.codecs import DEVICE_BLOCK_BYTES, choose, encoder
 from coldstart.errors import CaptureError
 from coldstart.save.base import STOPPED, Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from coldstart.repository import Repository
-    from coldstart.save.base import Terms
+    from coldstart.save.base import StoredAs, Terms
 
 
 class Rate:
@@ -80,11 +80,20 @@ class Stage:
                 self._codecs[segment] = choose(raw, item_bytes=item_bytes, setting=self._terms.codec)
             return self._codecs[segment]
 
-    def stored(self, raw: memoryview, raw_hash: str, item_bytes: int, codec: str) -> Saved:
+    def stored(self, raw: memoryview, raw_hash: str, segment: int, item_bytes: int, codec: str) -> Saved:
         """Encode and store ``raw``, which must not change meanwhile."""
-        stored, parameters = encoder(codec, level=self._terms.level).encode(raw, item_bytes=item_bytes)
+        block_bytes = DEVICE_BLOCK_BYTES if segment in self._terms.device_segments else None
+        encoding = encoder(codec, level=self._terms.level, block_bytes=block_bytes)
+        stored, parameters = encoding.encode(raw, item_bytes=item_bytes)
         if len(stored) >= len(raw):
             codec, stored, parameters = "raw", raw, {}
+        return self._put(stored, raw_hash, codec, parameters)
+
+    def kept(self, stored: memoryview, stored_as: StoredAs) -> Saved:
+        """Store what somebody has encoded; it must not change meanwhile."""
+        return self._put(stored, "", *stored_as)
+
+    def _put(self, stored: bytes | memoryview, raw_hash: str, codec: str, parameters: Mapping[str, int | str]) -> Saved:
         blob = hash_of(stored)
         if not self._is_first(blob):
             return Saved(raw_hash, codec, parameters, blob, len(stored), is_written=False)

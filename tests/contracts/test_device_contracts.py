@@ -17,6 +17,8 @@ import pytest
 from coldstart.devices import pick
 from coldstart.devices.base import MappedFile
 from coldstart.devices.cpu import MARGIN_BYTES, CpuDevice
+from coldstart.devices.cuda_driver import open_gpu
+from coldstart.devices.visible import is_visible
 from coldstart.errors import ConfigError, DeviceError
 from coldstart.testing.devices import PATTERNS, SEGMENTS, ArenaContract, DeviceContract, fill
 
@@ -325,15 +327,48 @@ def test_cpu_out_of_descriptors_is_an_error(monkeypatch):
         CpuDevice().allocate(SEGMENTS)
 
 
-@pytest.mark.parametrize("setting", ["auto", "cpu"])
-def test_pick_the_cpu(setting):
-    """Without anything else there is the CPU."""
-    assert pick(setting).type == "cpu"
+@pytest.mark.parametrize(
+    ("setting", "visible", "expected"),
+    [
+        ("cpu", True, ("cpu", -1)),
+        ("auto", False, ("cpu", -1)),
+        ("auto", True, ("cuda", 0)),
+        ("cuda", False, ("cuda", 0)),
+        ("cuda:3", True, ("cuda", 3)),
+    ],
+)
+def test_pick_what_is_asked_for(setting, visible, expected, monkeypatch):
+    """``auto`` is the first GPU where there seems to be one, else the CPU; nothing is opened to find out."""
+    monkeypatch.setattr("coldstart.devices.visible.is_visible", lambda _: visible)
+    device = pick(setting)
+    assert (device.type, device.ordinal) == expected
 
 
-def test_pick_what_is_missing():
-    """A device that is not there is an error with its remedy; a word that is none names the words there are."""
-    with pytest.raises(DeviceError, match=r"coldstart-gpu\[gpu\]"):
-        pick("cuda")
-    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
-        pick("tpu")
+@pytest.mark.parametrize(
+    ("visible_devices", "driver", "expected"),
+    [(None, True, True), (None, False, False), ("0,1", True, True), ("", True, False), ("-1", True, False)],
+)
+def test_a_gpu_is_visible_where_a_driver_is_and_nobody_hides_it(
+    visible_devices, driver, expected, tmp_path, monkeypatch
+):
+    """A driver's device file says that there is a GPU, unless CUDA_VISIBLE_DEVICES hides all of them."""
+    control = tmp_path / "nvidiactl"
+    if driver:
+        control.touch()
+    monkeypatch.setattr("coldstart.devices.visible._CONTROL_FILES", (str(control),))
+    assert is_visible(visible_devices) is expected
+
+
+def test_pick_nothing_else():
+    """A word that is no device names those that are."""
+    for setting in ("tpu", "cuda:x", "cpu:1"):
+        with pytest.raises(ConfigError, match="auto, cpu, cuda"):
+            pick(setting)
+
+
+def test_a_gpu_that_is_missing_is_told_when_it_is_used(fake_gpu_folder):
+    """A driver that cannot be loaded, and a GPU that is not there, are errors with their remedies."""
+    with pytest.raises(DeviceError, match="COLDSTART_DEVICE=cpu"):
+        open_gpu(0, "libcuda-that-is-not-there.so.1")
+    with pytest.raises(DeviceError, match="no GPU 5"):
+        open_gpu(5, str(fake_gpu_folder / "libcuda.so.1"))

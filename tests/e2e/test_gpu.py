@@ -70,6 +70,7 @@ def reports(project: Project) -> list[dict[str, Any]]:
 
 
 def last_report(project: Project) -> dict[str, Any]:
+    """What the driver of the process that ended last counted."""
     return reports(project)[-1]
 
 

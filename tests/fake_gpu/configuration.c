@@ -120,6 +120,7 @@ const char *state_report(void) {
     put(to, "pageable_device_to_host_bytes", counted.pageable_bytes[1]);
     put(to, "fills", counted.fills);
     put(to, "host_functions", counted.host_functions);
+    put(to, "library_launches", counted.library_launches);
     put(to, "allocations", counted.allocations);
     put(to, "live_allocations", live_count);
     put(to, "live_bytes", live_bytes);

@@ -121,7 +121,7 @@ typedef struct dependency {
     uint64_t sequence;
 } dependency;
 
-enum kind { COPY_IN, COPY_OUT, COPY_WITHIN, FILL, RECORD, WAIT, KERNEL, CALL };
+enum kind { COPY_IN, COPY_OUT, COPY_WITHIN, FILL, RECORD, WAIT, KERNEL, CALL, WORK }; /* WORK: a library's, on the device */
 
 typedef struct operation {
     enum kind kind;
@@ -163,7 +163,7 @@ typedef struct counters {
     uint64_t copies[3];
     uint64_t pageable_copies[2]; /* in, out */
     uint64_t pageable_bytes[2];
-    uint64_t fills, host_functions, allocations, registrations, registered_bytes_total, peak_bytes;
+    uint64_t fills, host_functions, library_launches, allocations, registrations, registered_bytes_total, peak_bytes;
 } counters;
 extern counters counted;
 void read_settings(void);
@@ -216,6 +216,7 @@ const char *fakecu_report(void);
 void fakecu_reset(void);
 int fakecu_device_range(unsigned long long address, size_t bytes);
 void fakecu_fail(int code);
+CUresult fakecu_device_work(CUstream handle, CUhostFn work, void *data);
 size_t live_events(void);
 size_t live_modules(void);
 bool is_initialised(void);

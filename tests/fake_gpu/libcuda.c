@@ -25,11 +25,16 @@ CUresult refuse(CUresult code) {
     return code;
 }
 
+static bool is_fatal(CUresult code) { /* what leaves nothing of a context */
+    return code == CUDA_ERROR_ILLEGAL_ADDRESS || code == CUDA_ERROR_LAUNCH_FAILED || code == CUDA_ERROR_ECC_UNCORRECTABLE;
+}
+
 CUresult enter(const char *name, enum needs needs) {
     if (initialised && getpid() != owner_process) return CUDA_ERROR_NOT_INITIALIZED; /* the lock is of a thread that is not here */
     if (in_host_function) return CUDA_ERROR_NOT_PERMITTED;
     pthread_mutex_lock(&state_lock);
     CUresult asked = count_call(name);
+    if (current && is_fatal(asked)) current->sticky = asked;
     if (asked) return refuse(asked);
     if (needs == NOTHING) return CUDA_SUCCESS;
     if (!initialised) return refuse(CUDA_ERROR_NOT_INITIALIZED);
@@ -309,7 +314,7 @@ int fakecu_device_range(unsigned long long address, size_t bytes) { /* whether i
     return inside;
 }
 
-void fakecu_fail(int code) { /* from a host function: what it did went wrong on the device */
+void fakecu_fail(int code) { /* from a library's work: it went wrong on the device */
     pthread_mutex_lock(&state_lock);
     if (context_of_operation && !context_of_operation->sticky) context_of_operation->sticky = (CUresult)code;
     pthread_mutex_unlock(&state_lock);

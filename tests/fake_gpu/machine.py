@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from tests.fake_gpu.libraries import report
-
 from coldstart.codecs.nvcomp import LIBRARY, Nvcomp
 from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Gpu, open_gpu
@@ -14,6 +12,7 @@ from coldstart.devices.cuda_memory import copy_out
 from coldstart.fetch import FetchRequest, start_fetch, start_threads
 from coldstart.fetch.landing import PLANES, Landing
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
+from tests.fake_gpu.libraries import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +59,9 @@ class FakeMachine:
         arena = self.arena(manifest)
         ring = Ring.make(*shape_of(manifest, ring_bytes))
         wants_raw = bool(request.get("verify_raw"))
-        landing = Landing(manifest, arena, ring, open_frames=open_frames or self.frames, verify_raw=wants_raw)
+        landing = Landing(
+            manifest, arena, ring, open_frames=open_frames or self.frames, verify_raw=wants_raw, store=store
+        )
         wanted = FetchRequest(
             manifest, store, None, threads, 64 << 20, ring=ring, device_codecs=device_codecs, **request
         )

@@ -178,6 +178,17 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn call, void *data) {
     LEAVE(CUDA_SUCCESS);
 }
 
+CUresult fakecu_device_work(CUstream handle, CUhostFn work, void *data) { /* a fake library's kernels: a fault there is the device's */
+    ENTER(CONTEXT);
+    stream *in = stream_of(handle);
+    REQUIRE(in, CUDA_ERROR_INVALID_HANDLE);
+    operation *one = new_operation(WORK);
+    one->call = work;
+    one->data = data;
+    enqueue(in, one);
+    LEAVE(CUDA_SUCCESS);
+}
+
 /* --- events --- */
 
 CUresult cuEventCreate(CUevent *made, unsigned int flags) {

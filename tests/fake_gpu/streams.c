@@ -90,6 +90,7 @@ static CUresult run_guarded(operation *one) {
         one->call(one->data);
         in_host_function = false;
         break;
+    case WORK: one->call(one->data); break;
     case KERNEL: {
         emulator emulate = find_emulator();
         if (!emulate || emulate(one->name, one->grid[0], one->grid[1], one->grid[2], one->block[0], one->block[1], one->block[2],
@@ -125,6 +126,7 @@ static void count(stream *in, operation *one) {
     }
     if (one->kind == FILL) counted.fills++;
     if (one->kind == CALL) counted.host_functions++;
+    if (one->kind == WORK) counted.library_launches++;
     if (one->kind == KERNEL) count_launch(one->name);
 }
 

@@ -28,6 +28,7 @@ def load(ctx: Context) -> dict[str, float]:
     assert_type(ctx.env("MODEL"), str | None)
     assert_type(ctx.secret("TOKEN"), str)
     assert_type(ctx.files["tokenizer.json"], str)
+    ctx.pool("cache", (2, 8), "float32", kind="activations").fill(0)
     return {}
 
 

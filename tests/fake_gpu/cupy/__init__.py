@@ -7,7 +7,7 @@ means the same by them, ``tests/gpu/test_cupy.py`` asks of it where there is a G
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -32,10 +32,17 @@ class _Device:
     def __init__(self, number: int) -> None:
         self.id = number
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
 
 class cuda:
     """What is used of ``cupy.cuda``."""
 
+    Device = _Device
     UnownedMemory = _Memory
     MemoryPointer = _Pointer
 
