@@ -10,7 +10,7 @@ a limit of its own; one that fails is written down with its error, and the next 
 - ``zstd``, ``ans``: nvCOMP on exponent planes and on bf16, by block and batch, with its scratch; what comes out is looked at;
 - ``kernels``: merging planes, BLAKE3;
 - ``tests``: ``pytest -m gpu``, parity of the devices included;
-- ``restores``: 1, 4 and 16 GiB of seeded bf16, raw and planes+zstd, from a folder and from an HTTP server of this machine;
+- ``restores``: 1, 4 and 16 GiB of seeded bf16, raw, planes+zstd and ANS, from a folder and an HTTP server of this machine;
 - ``compile``: handlers/transformer.py in fresh processes: naive, first, restored, restored without its kernels;
 - ``openings``: fresh processes that import torch or cupy, or open the device;
 - ``latency``: requests while a generation is captured from the GPU;

@@ -66,7 +66,11 @@ def test_what_a_rehearsal_finds_is_whole(rehearsed):
     assert ("raw", "loopback, 1 GB/s", "gpu") in places
     assert {row["engine"] for row in found["restores"]["rows"]} == {"process"}
     assert all(row["raw_bytes"] == 1 << 20 and row["raw_gb_per_second"] >= 0 for row in found["restores"]["rows"])
-    planes = [row["stored_bytes"] for row in found["restores"]["rows"] if row["codec"] != "raw"]
+    assert all(row["degraded"] == [] for row in found["restores"]["rows"])
+    on_gpu = [row for row in found["restores"]["rows"] if row["codec"] != "raw" and row["decoded_by"] == "gpu"]
+    assert {row["codec"] for row in on_gpu} == {"planes+zstd", "nvcomp-ans/6"}
+    assert all(row["device_bytes_beyond_state"] > 0 for row in on_gpu)  # scratch: the GPU has decoded
+    planes = [row["stored_bytes"] for row in found["restores"]["rows"] if row["codec"] == "planes+zstd"]
     assert max(planes) < 0.75 * (1 << 20)
     kinds = [(run["scenario"], run["kind"]) for run in found["compile"]["runs"]]
     assert kinds[:3] == [("naive", "cold"), ("first", "cold"), ("restored", "restored")]

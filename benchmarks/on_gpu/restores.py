@@ -14,6 +14,7 @@ from benchmarks.on_gpu.object_server import ObjectServer
 from benchmarks.on_gpu.snapshots import folder_for, made_snapshot, restore
 from coldstart.devices.cuda_driver import open_gpu
 from coldstart.fetch import Address
+from coldstart.fetch.landing import ANS, PLANES
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from benchmarks.on_gpu.timing import Sizes
     from coldstart.devices.cuda_driver import Gpu
 
-CODECS = ("raw", "planes+zstd")
+CODECS = ("raw", PLANES, ANS)
 STORE_BYTES_PER_SECOND = 1e9
 LARGEST_LIMITED_BYTES = 4 << 30
 MANY_BYTES = 8 << 30
@@ -50,7 +51,7 @@ def _rows(made: Made, gpu: Gpu, sizes: Sizes) -> Iterator[dict[str, Any]]:
     raw_bytes = made.manifest.raw_bytes
     times = 1 if sizes.is_rehearsal else 2 if raw_bytes >= MANY_BYTES else 4
     yield _row(made, gpu, "folder, page cache", times)
-    if made.manifest.chunks[0].codec != "raw":
+    if made.manifest.chunks[0].codec == PLANES:
         yield _row(made, gpu, "folder, page cache", times, on_gpu=False)
     if raw_bytes <= LARGEST_LIMITED_BYTES:
         yield _served(made, gpu, 0.0, times)
