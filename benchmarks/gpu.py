@@ -84,7 +84,7 @@ STAGES = {
     "ans": Stage("decoding", "ans", 60),
     "tests": Stage("suite", "suite", 160),
     "restores": Stage("restores", "restores", 150),
-    "compile": Stage("starts", "compile_starts", 210),
+    "compile": Stage("starts", "compile_starts", 260),
     "openings": Stage("copies", "openings", 90),
     "latency": Stage("starts", "latency", 80),
     "bench": Stage("starts", "bench", 400, is_by_default=False),
