@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.config import read_variable, set_variables
 from coldstart.errors import StoreSetupError
+from coldstart.kernel_caches.kinds import KERNELS_ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -180,8 +181,8 @@ def _real(parent: str, name: str) -> str:
 
 
 def own_files(manifest: Manifest) -> tuple[FileEntry, ...]:
-    """The files of a state: all but those of programs, which are read by who runs them."""
-    return tuple(entry for entry in manifest.files if not entry.root.startswith(PROGRAM_ROOT))
+    """The files of a state: all but those of programs, which are read by who runs them, and kernel caches."""
+    return tuple(entry for entry in manifest.files if not entry.root.startswith((PROGRAM_ROOT, KERNELS_ROOT)))
 
 
 def place_files(manifest: Manifest, arena: Arena, base: Path) -> Path:

@@ -22,11 +22,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart import others, plan
-from coldstart.capture_forms import Forms, save_forms
+from coldstart.capture_forms import Forms, Known, save_forms
 from coldstart.capture_sources import files_of, is_replaced, sources_of
 from coldstart.codecs import ANS, FOR_DEVICES, check_setting
 from coldstart.commit import confirm, has_to_settle
 from coldstart.errors import CaptureError, StateChangedError
+from coldstart.kernel_caches.merging import as_addition_to, with_kernels_of, with_record
 from coldstart.manifest import FORMS, Buffer, Chunk, FileEntry, Manifest
 from coldstart.programs.record import to_json
 from coldstart.save import IN_THREAD, Task, Terms, open_saver
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from coldstart.caches import FileSource
     from coldstart.capture_sources import Source
     from coldstart.frameworks import Survey
+    from coldstart.kernel_caches.packing import Packed
     from coldstart.manifest import Form, KeyRecord, Pool, PoolArray, Segment
     from coldstart.plan import Extent, Layout
     from coldstart.programs.placing import Placed
@@ -72,6 +74,8 @@ class Capture(NamedTuple):
     pools: tuple[Pool, ...] = ()
     """Memory beside the state, which is listed and not stored; and which of it are arrays."""
     pool_arrays: tuple[PoolArray, ...] = ()
+    kernels: Packed | None = None
+    """Kernel caches that this start has added; those that the parent has are kept."""
 
 
 class Encoding(NamedTuple):
@@ -148,25 +152,23 @@ class Writing:
         key = self.saver.repository.put_manifest(manifest)
         stored = (*saved, *forms.saved)
         written_bytes = sum(found.stored_bytes for found in stored if found.is_written)
-        reused_bytes = sum(found.stored_bytes for found in stored if not found.is_written) + forms.reused_bytes
+        reused_bytes = sum(found.stored_bytes for found in stored if not found.is_written)
         self._written_seconds = time.monotonic()
         unsettled = frozenset(found.blob for found in stored if not found.is_settled)
         return Written(manifest, key, written_bytes, reused_bytes, unsettled)
 
     def _save_forms(self, saved: Sequence[Saved], pace: Callable[[], None]) -> Forms:
-        """The forms of chunks in device memory: those of the parent where its blobs are sure to stay, else new ones."""
+        """The forms of chunks in device memory, if there are to be any."""
         if not self._has_forms:
             return Forms()
         parent, terms = self._capture.parent, self._terms
-        known = {}
-        if parent is not None and terms.known_stays and terms.known:
-            known = plan.known_forms(parent, FOR_DEVICES[0])
+        forms = plan.known_forms(parent, FOR_DEVICES[0]) if parent is not None and terms.known else {}
         chunks = {
             index: (extent, self._layout.segments[extent.segment].item_bytes, found)
             for index, (extent, found) in enumerate(zip(self._layout.chunks, saved, strict=True))
             if self._chunks.is_on_device(extent)
         }
-        return save_forms(chunks, known, self._chunks.encoded, self.saver, pace)
+        return save_forms(chunks, Known(forms, terms.known_stays), self._chunks.encoded, self.saver, pace)
 
     def confirm(self, written: Written) -> None:
         """Look at what was written once more, just before the ref moves; see ``coldstart.commit``, and its errors.
@@ -385,9 +387,19 @@ def _manifest(
         host_segments=_host_segments(capture, layout),
         forms=forms,
     )
-    if placed is None or capture.parent is None or not is_replaced(capture):
-        return manifest
-    return others.with_programs_of(manifest, capture.parent, placed.program.id)
+    if capture.parent is None or not is_replaced(capture):
+        return with_record(manifest, capture.kernels)
+    if placed is not None:
+        manifest = others.with_programs_of(manifest, capture.parent, placed.program.id)
+    return _with_kernels(manifest, capture, capture.parent)
+
+
+def _with_kernels(manifest: Manifest, capture: Capture, parent: Manifest) -> Manifest:
+    """The manifest with the parent's kernel caches too, unless the parent could not be read."""
+    manifest = with_record(manifest, capture.kernels)
+    if capture.kernels is not None and capture.kernels.alone:
+        return as_addition_to(parent, manifest)
+    return manifest if capture.mends else with_kernels_of(manifest, parent)
 
 
 def _host_segments(capture: Capture, layout: Layout) -> tuple[int, ...]:

@@ -9,32 +9,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart.manifest import Form
+from coldstart.save.base import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from coldstart.plan import Extent
-    from coldstart.save import Saved, Saver, Task
+    from coldstart.repository import Repository
+    from coldstart.save import Saver, Task
 
 _Key = tuple[str, int, int]
 
 
 class Forms(NamedTuple):
-    """What became of all chunks, ``saved`` of those that were made now and ``reused_bytes`` of those of the parent."""
+    """The forms of a generation, and how each blob of them came to be there."""
 
     forms: tuple[Form, ...] = ()
     saved: tuple[Saved, ...] = ()
-    reused_bytes: int = 0
+
+
+class Known(NamedTuple):
+    """Forms of the parent by the keys of ``plan.known_chunks``. ``stays``: their blobs live as long as this capture does."""
+
+    forms: Mapping[_Key, Form]
+    stays: bool
 
 
 def save_forms(
     chunks: Mapping[int, tuple[Extent, int, Saved]],
-    known: dict[_Key, Form],
+    known: Known,
     encoded: Callable[[Extent, Saved], Task | None],
     saver: Saver,
     pace: Callable[[], None],
 ) -> Forms:
-    """Give every chunk its form: one that is ``known``, else what ``encoded`` offers, saved; chunks without stay without.
+    """Give every chunk its form: the parent's, if that may be relied on, else what ``encoded`` offers, if it offers one.
 
     ``chunks`` are those in device memory, by their indices, each with the item size of its segment. Equal ones are encoded
     once. Raises what ``Saver.save`` does.
@@ -43,31 +51,41 @@ def save_forms(
         index: (saved.raw_hash, item_bytes, extent.length_bytes)
         for index, (extent, item_bytes, saved) in chunks.items()
     }
+    found: dict[_Key, Saved] = {}
     made: list[_Key] = []
 
     def tasks() -> Iterator[Task]:
-        tried: set[_Key] = set(known)
-        for index, (extent, _, saved) in chunks.items():
-            key = keys[index]
-            if key in tried:
-                continue
-            tried.add(key)
+        for key, index in {key: index for index, key in keys.items()}.items():
             pace()
+            reused = _reused(known, key, saver.repository)
+            if reused is not None:
+                found[key] = reused
+                continue
+            extent, _, saved = chunks[index]
             task = encoded(extent, saved)
             if task is not None:
                 made.append(key)
                 yield task
 
-    saved = tuple(saver.save(tasks()))
-    new = {
-        key: Form(0, each.codec, each.parameters, each.blob, each.stored_bytes)
-        for key, each in zip(made, saved, strict=True)
-    }
-    found = {**known, **new}
-    forms = tuple(found[key]._replace(chunk=index) for index, key in keys.items() if key in found)
-    reused_bytes = sum(form.stored_bytes for form, key in _distinct(forms, keys) if key in known)
-    return Forms(forms, saved, reused_bytes)
+    new = saver.save(tasks())
+    found.update(zip(made, new, strict=True))
+    forms = tuple(_form(index, found[key]) for index, key in keys.items() if key in found)
+    return Forms(forms, tuple(found.values()))
 
 
-def _distinct(forms: Sequence[Form], keys: Mapping[int, _Key]) -> list[tuple[Form, _Key]]:
-    return list({form.blob: (form, keys[form.chunk]) for form in forms}.values())
+def _reused(known: Known, key: _Key, repository: Repository) -> Saved | None:
+    """The parent's form of a chunk; where its blob may be a collector's next, only if it is young enough."""
+    form = known.forms.get(key)
+    if form is None:
+        return None
+    saved = Saved(key[0], form.codec, form.parameters, form.blob, form.stored_bytes, is_written=False)
+    if known.stays:
+        return saved
+    age_seconds = repository.blob_age_seconds(form.blob, form.stored_bytes)
+    if not repository.is_young(age_seconds):
+        return None
+    return saved._replace(is_settled=repository.is_settled(age_seconds))
+
+
+def _form(index: int, saved: Saved) -> Form:
+    return Form(index, saved.codec, saved.parameters, saved.blob, saved.stored_bytes)

@@ -143,15 +143,20 @@ def _file_sources(capture: Capture) -> list[Source]:
 
 
 def files_of(capture: Capture) -> list[FileSource]:
-    """The files of a capture: those of the state, then those of its program."""
-    if capture.program is None:
-        return list(capture.files)
-    root = consumer_of(capture.program.program.id)
-    return [*capture.files, *(FileSource(root, name, str(path)) for name, path in capture.program.files.items())]
+    """The files of a capture: those of the state, those of its program, then kernel caches."""
+    files = list(capture.files)
+    if capture.program is not None:
+        root = consumer_of(capture.program.program.id)
+        files += [FileSource(root, name, str(path)) for name, path in capture.program.files.items()]
+    if capture.kernels is not None:
+        files += [FileSource(capture.kernels.root, name, path) for name, path in capture.kernels.files.items()]
+    return files
 
 
 def _reader_of(file: FileSource, capture: Capture) -> str:
     """The consumer of a file's segment. A start with a program reads no weights from files: its constants are there."""
+    if capture.kernels is not None and file.root == capture.kernels.root:
+        return file.root
     if capture.program is None:
         return plan.FILES
     if file.root == consumer_of(capture.program.program.id):

@@ -155,6 +155,9 @@ SETTINGS: tuple[Setting, ...] = (
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),
     _setting("programs", kinds.flag(), True, "make and use the programs that program=export(...) asks for"),
     _setting(
+        "kernel_caches", kinds.flag(), True, "keep compiled kernels (CuPy, Triton, Inductor, driver) in snapshots"
+    ),
+    _setting(
         "capture_wait_seconds", kinds.seconds(86_400), 60.0, "how long the end of the process waits for a capture"
     ),
     _setting("capture_idle_seconds", kinds.seconds(86_400), 0.25, "how long no event may run before a capture begins"),
@@ -245,6 +248,7 @@ class Settings(NamedTuple):
     pinned_bytes: int
     capture: bool
     programs: bool
+    kernel_caches: bool
     capture_wait_seconds: float
     capture_idle_seconds: float
     capture_engine: str

@@ -14,7 +14,7 @@ class Due:
     """When a plan is due again by the handler's policy."""
 
     def __init__(self, plan: Plan, policy: Policy, served: int) -> None:
-        self.plan = plan._replace(due_at_once=False, capture=plan.capture._replace(mends=False))
+        self.plan = plan._replace(due_at_once=False, adds_kernels=False, capture=plan.capture._replace(mends=False))
         self._policy = policy
         self._created_seconds = plan.created_seconds or time.time()
         self._served = served

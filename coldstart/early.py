@@ -15,6 +15,7 @@ from coldstart.config import Settings, environment_now
 from coldstart.devices import pick
 from coldstart.errors import KeyUncomputableError
 from coldstart.fetch import Address, default_processes
+from coldstart.kernel_caches.home import set_up
 from coldstart.keys import find_handlers, key_from_functions, key_from_source
 from coldstart.metrics import Timeline, process_clock
 from coldstart.program_start import NONE as NO_PROGRAMS
@@ -230,8 +231,14 @@ def programs_of_start(services: Services, device: Device, snapshot: str, backend
 def restoration_of(
     name: str, key: KeyRecord, opener: Opener, device: Device, services: Services, programs: tuple[str, ...] = ()
 ) -> Restoration:
-    """Begin restoring one snapshot, with one of these programs if the generation has it."""
+    """Begin restoring one snapshot, with one of these programs if the generation has it.
+
+    From here on the libraries of this process keep compiled kernels where the snapshot's are put.
+    """
     settings = services.settings
+    kernels = None
+    if services.recorder is None:  # who makes a program leaves nothing behind but the program
+        kernels = set_up(settings, device, name, key.digest, proves=bool(services.pinned))
     request = Request(
         name=name,
         key=key,
@@ -248,5 +255,6 @@ def restoration_of(
         fresh=settings.fresh,
         recovery=settings.recovery,
         ring_bytes=settings.pinned_bytes,
+        kernels=kernels,
     )
     return Restoration(request, services.bus)

@@ -165,6 +165,22 @@ class ProgramPassedOver(NamedTuple):
     reason: str
 
 
+class KernelCachesPassedOver(NamedTuple):
+    """The generation has kernel caches that this start does not use, or not all of them: it compiles what it lacks."""
+
+    name: str
+    reason: str
+
+
+class KernelCachesUsed(NamedTuple):
+    """Compiled kernels at the end of the warm-up: ``restored_files`` came with the snapshot, ``new_files`` were compiled."""
+
+    name: str
+    restored_files: int
+    restored_bytes: int
+    new_files: int
+
+
 class ProgramBegan(NamedTuple):
     """A program is being made in the background."""
 
@@ -262,6 +278,8 @@ if TYPE_CHECKING:
         | CaptureBegan
         | PoolPassedOver
         | ProgramPassedOver
+        | KernelCachesPassedOver
+        | KernelCachesUsed
         | ProgramBegan
         | CaptureSkipped
         | CaptureEnded

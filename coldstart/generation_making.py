@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coldstart import events
-from coldstart.caches import own_files
 from coldstart.capture import Writing
-from coldstart.errors import CaptureError, ExportError, ProofError, SnapshotError, StateChangedError, StoreError
+from coldstart.capture_sources import is_replaced
+from coldstart.errors import CaptureError, ExportError, ProofError, StateChangedError, StoreError
+from coldstart.generation_parents import has_program, is_overtaken, usable_without, with_parent
 from coldstart.generation_plan import Outcome
+from coldstart.kernel_caches.home import proof_folder
+from coldstart.kernel_caches.packing import packed
 from coldstart.leases import Held, hold
 from coldstart.marks import changed_paths
 from coldstart.program_making import ProgramMaking, making_folder
 from coldstart.programs.placing import place
-from coldstart.programs.record import programs_of
 from coldstart.programs.tolerance import limit_of
 from coldstart.proof import ProgramProof, Proof
 from coldstart.refusals import note_refusal, refusal
@@ -112,6 +114,9 @@ class GenerationMaking:
         holding, self._holding = self._holding, None
         if holding is not None:
             holding.end()
+        self._end_writing()
+
+    def _end_writing(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.saver.stop()
@@ -128,7 +133,7 @@ class GenerationMaking:
             return Outcome.none("the worker ended before its state was captured")
         repository = self._open_repository()
         replaces = plan.replaces if plan.due_at_once else repository.look_up(plan.capture.name, plan.capture.key)
-        if plan.due_at_once and _is_overtaken(repository, plan.capture, replaces):
+        if plan.due_at_once and is_overtaken(repository, plan.capture, replaces):
             return self.skip(plan, OVERTAKEN)
         reason = "no usable snapshot" if plan.due_at_once else "policy"
         return self._write_and_publish(plan, replaces, repository, began, reason)
@@ -157,7 +162,7 @@ class GenerationMaking:
         self._holding = taken
         replaces = repository.look_up(name, key)
         is_unfit = replaces.ref is not None and replaces.ref.generation == wish.unfit_generation
-        if not (wish.is_fresh or is_unfit) and _has_program(repository, replaces, accepted.identities[0], wish.options):
+        if not (wish.is_fresh or is_unfit) and has_program(repository, replaces, accepted.identities[0], wish.options):
             return self.skip(plan, "another worker made the program")._replace(program=wish.backend)
         try:
             return self._make_and_publish_program(plan, replaces, repository, began)
@@ -166,13 +171,38 @@ class GenerationMaking:
                 self._note_refusal(repository, plan, identity, str(error))
             raise
 
+    def with_kernels(self, plan: Plan, began: float) -> Outcome | Held:
+        """A generation that is the current one with the kernels that this platform's caches lack there."""
+        kernels, name, key = plan.kernels, plan.capture.name, plan.capture.key
+        assert kernels is not None
+        self._idle(self._idle_seconds)
+        repository = self._open_repository()
+        earlier = refusal(repository.store, name, key, kernels.root)
+        if earlier:
+            return Outcome.none(f"kernel caches were tried before: {earlier}")
+        taken = hold(repository, name)
+        if isinstance(taken, Held):
+            return taken
+        self._holding = taken
+        replaces = repository.look_up(name, key)
+        capture = plan.capture._replace(survey=None, files=(), kinds={}, mends=False)
+        alone = plan._replace(capture=capture)
+        if replaces.ref is None or self.stopping.is_set():
+            return Outcome.none("there is no generation to add kernel caches to")
+        try:
+            return self._write_and_publish(alone, replaces, repository, began, "kernels that the snapshot lacks")
+        except ProofError as error:
+            if not (self.stopping.is_set() or (self._child is not None and self._child.was_killed)):
+                self._note_refusal(repository, plan, kernels.root, str(error))
+            raise
+
     def _note_refusal(self, repository: Repository, plan: Plan, identity: str, reason: str) -> None:
         """Best effort: where it cannot be written other workers try too, and this one's reason is what is told."""
         name = plan.capture.name
         try:
             note_refusal(repository.store, name, plan.capture.key, identity, reason)
         except StoreError as error:
-            self._bus.publish(events.StoreDegraded(name, f"that its program cannot be made is not remembered: {error}"))
+            self._bus.publish(events.StoreDegraded(name, f"that it cannot be made is not remembered: {error}"))
 
     def _make_and_publish_program(
         self, plan: Plan, replaces: Lookup, repository: Repository, began: float
@@ -180,7 +210,7 @@ class GenerationMaking:
         wish = plan.program
         assert wish is not None
         with making_folder() as folder:
-            manifest = _usable_without(repository, replaces)
+            manifest = usable_without(repository, replaces)
             pinned = {plan.capture.name: manifest} if manifest else {}
             self._bus.publish(events.ProgramBegan(plan.capture.name, wish.backend))
             child = ProgramMaking(
@@ -193,7 +223,7 @@ class GenerationMaking:
             placed = place(Path(folder), plan.capture.survey)
             capture = plan.capture._replace(program=placed, outside=wish.outside, mends=False)
             outcome = self._write_and_publish(
-                plan._replace(capture=capture, due_at_once=False),
+                plan._replace(capture=capture, due_at_once=False, adds_kernels=False),
                 replaces,
                 repository,
                 began,
@@ -211,8 +241,33 @@ class GenerationMaking:
         reason: str,
         program: ProgramProof | None = None,
     ) -> Outcome | Held:
+        """With the kernel caches that this worker has added; where the proof fails with them, without."""
         self._check_unchanged(plan)
-        capture = _with_parent(plan.capture, replaces, repository)
+        capture = with_parent(plan.capture, replaces, repository)
+        parent = capture.parent if is_replaced(capture) and not capture.mends else None
+        with packed(plan.kernels, parent, capture.generation, alone=plan.adds_kernels) as kernels:
+            if plan.adds_kernels and (kernels is None or parent is None):
+                return Outcome.none("another worker has added these kernels")
+            with_kernels = capture._replace(kernels=kernels)
+            try:
+                return self._write_capture(plan, with_kernels, replaces, repository, began, reason, program)
+            except ProofError as error:
+                if kernels is None or plan.adds_kernels or self.stopping.is_set():
+                    raise
+                self._end_writing()
+                reason = f"{reason}; kernel caches are left out, since the proof failed with them ({error})"
+        return self._write_capture(plan, capture, replaces, repository, began, reason, program)
+
+    def _write_capture(
+        self,
+        plan: Plan,
+        capture: Capture,
+        replaces: Lookup,
+        repository: Repository,
+        began: float,
+        reason: str,
+        program: ProgramProof | None,
+    ) -> Outcome | Held:
         self._writing = Writing(
             capture, repository, encoding=self._encoding, saving=self._saving(), stopping=self.stopping
         )
@@ -222,7 +277,7 @@ class GenerationMaking:
             if isinstance(taken, Held):
                 return taken
             self._holding = taken
-        if _is_overtaken(repository, capture, replaces):  # by who had the lease before
+        if is_overtaken(repository, capture, replaces):  # by who had the lease before
             return self.skip(plan, OVERTAKEN)
         self._bus.publish(events.CaptureBegan(capture.name, capture.generation, reason))
         with self._between_events(saver.group):
@@ -236,7 +291,10 @@ class GenerationMaking:
             program=program,
         )
         self._watch(proof)
-        compared = proof.run(capture.warmup_digests)
+        try:
+            compared = proof.run(capture.warmup_digests)
+        finally:
+            _forget_proof(plan)
         if self.stopping.is_set():
             return Outcome.none("the worker ended before the generation was published", saver.engine)
         self._writing.confirm(written)
@@ -322,45 +380,9 @@ class GenerationMaking:
             )
 
 
-def _usable_without(repository: Repository, replaces: Lookup) -> str:
-    """The key of the current generation's manifest, "" where a start without a program cannot use it and has to run ``load``."""
-    if replaces.ref is None:
-        return ""
-    try:
-        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
-    except (StoreError, SnapshotError):
-        return ""
-    return replaces.ref.manifest if manifest.rung != "files" or own_files(manifest) else ""
+def _forget_proof(plan: Plan) -> None:
+    """Remove the kernels that the proof's process has left: it was ended when it had answered."""
+    if plan.kernels is not None and plan.kernels.folder:
+        import shutil
 
-
-def _has_program(repository: Repository, replaces: Lookup, identity: str, options: str) -> bool:
-    """Whether the current generation has this program already, as it is wished for."""
-    if replaces.ref is None:
-        return False
-    try:
-        manifest = repository.manifest(replaces.ref.manifest, name=replaces.ref.name)
-    except (StoreError, SnapshotError):
-        return False
-    return any((each.id, each.options) == (identity, options) for each in programs_of(manifest.programs))
-
-
-def _with_parent(capture: Capture, replaces: Lookup, repository: Repository) -> Capture:
-    """The capture with its number and its parent: the generation it replaces, else the newest of another key.
-
-    An unreadable parent is no obstacle: it only means that nothing is reused by it.
-    """
-    parent, parent_key = None, ""
-    known = replaces.ref or replaces.newest
-    if replaces.ref is None and known is not None and known.key.digest == capture.key.digest:
-        known = None  # of a deleted snapshot, whose blobs are the collector's
-    if known is not None:
-        with suppress(StoreError, SnapshotError):
-            parent, parent_key = repository.manifest(known.manifest, name=capture.name), known.manifest
-    generation = repository.next_generation(capture.name, capture.key, replaces.ref)
-    return capture._replace(parent=parent, parent_key=parent_key, generation=generation)
-
-
-def _is_overtaken(repository: Repository, capture: Capture, replaces: Lookup) -> bool:
-    """Whether a generation was published since ``replaces`` was looked up: then nothing need be written."""
-    current = repository.look_up(capture.name, capture.key).ref
-    return current is not None and (replaces.ref is None or current.manifest != replaces.ref.manifest)
+        shutil.rmtree(proof_folder(plan.kernels.folder), ignore_errors=True)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from coldstart.capture import Capture
     from coldstart.errand import Origin
+    from coldstart.kernel_caches.home import Kernels
     from coldstart.program_start import Accepted
     from coldstart.repository import Lookup
 
@@ -19,6 +20,8 @@ class Plan(NamedTuple):
     ``capture`` lacks its parent and number, which are settled when it is due. ``due_at_once``: there is no usable
     generation for the key; else the handler's policy says when, counted from ``created_seconds`` (Unix time).
     ``program``: one that this platform lacks, to be made once there is a generation without it, or at once if none can be.
+    ``kernels``: where to look for compiled kernels whenever a generation is made; ``adds_kernels``: one is to be made of the
+    current generation and those that it lacks.
     """
 
     capture: Capture
@@ -28,6 +31,8 @@ class Plan(NamedTuple):
     due_at_once: bool
     created_seconds: float
     program: ProgramWish | None = None
+    kernels: Kernels | None = None
+    adds_kernels: bool = False
 
 
 class ProgramWish(NamedTuple):

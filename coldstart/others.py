@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coldstart.manifest import FORMS
+from coldstart.plan import with_segments_of
 from coldstart.programs.record import MOST_PROGRAMS, Program, consumer_of, programs_of, to_json
 
 if TYPE_CHECKING:
@@ -30,29 +30,10 @@ def with_programs_of(manifest: Manifest, parent: Manifest, identity: str) -> Man
     kept = [program for program in _kept(parent, identity) if _is_complete(program, manifest, parent)]
     consumers = {consumer_of(program.id) for program in kept}
     taken = [index for index, segment in enumerate(parent.segments) if segment.consumer in consumers]
-    places = {old: len(manifest.segments) + new for new, old in enumerate(taken)}
-    chunks = {
-        old: len(manifest.chunks) + new
-        for new, old in enumerate(index for index, chunk in enumerate(parent.chunks) if chunk.segment in places)
-    }
-    forms = tuple(form._replace(chunk=chunks[form.chunk]) for form in parent.forms if form.chunk in chunks)
     pools = {place.buffer for program in kept for entry in program.entries for place in entry.constants}
-    return manifest._replace(
-        segments=manifest.segments + tuple(parent.segments[index] for index in taken),
-        chunks=manifest.chunks
-        + tuple(parent.chunks[old]._replace(segment=places[parent.chunks[old].segment]) for old in chunks),
-        buffers=manifest.buffers
-        + tuple(
-            buffer._replace(segment=places[buffer.segment]) for buffer in parent.buffers if buffer.segment in places
-        ),
-        files=manifest.files
-        + tuple(entry._replace(segment=places[entry.segment]) for entry in parent.files if entry.segment in places),
+    return with_segments_of(manifest, parent, taken)._replace(
         pools=manifest.pools + tuple(pool for pool in parent.pools if pool.name in pools),
         programs=manifest.programs + tuple(map(to_json, kept)),
-        host_segments=manifest.host_segments
-        + tuple(sorted(places[index] for index in parent.host_segments if index in places)),
-        forms=manifest.forms + forms,
-        requires=manifest.requires if not forms or FORMS in manifest.requires else (*manifest.requires, FORMS),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from coldstart import caches, events
 from coldstart.early import restoration_of
 from coldstart.errors import ProgramError, ProofError, StateMismatchError, StoreSetupError
+from coldstart.kernel_caches.ahead import compiles, import_compiler
 from coldstart.part_loading import subject
 from coldstart.program_start import in_place, load_calls, owners, stands_alone, unsuitable
 from coldstart.programs import backend_of
@@ -114,6 +115,9 @@ class Restorer:
         part.context.kind = "restored"  # what build and, on rung files, load see; a load after a failure sets its own
         if manifest is not None and manifest.rung == "arrays" and build is not None and not manifest.files:
             skeleton = self._loader.build(build, part)  # in the shadow of the fetch
+        if compiles(restoration.request.kernels, manifest):
+            with self._timeline.span("import compiler"):  # in the shadow too
+                import_compiler()
         outcome = restoration.outcome()
         part.lookup = outcome.lookup
         if isinstance(outcome, Missing):

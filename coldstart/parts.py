@@ -7,6 +7,7 @@ stands in the way is published, remembered as the start's reason, and answered b
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,16 @@ from coldstart.early import (
 from coldstart.errors import (
     AccessDeniedError,
     KeyUncomputableError,
+    PhaseError,
     ProgramCallError,
     ProgramError,
     StateMismatchError,
     StoreError,
     StoreSetupError,
 )
+from coldstart.kernel_caches import home
+from coldstart.kernel_caches.use import NONE as NO_KERNELS
+from coldstart.kernel_caches.use import use_of
 from coldstart.keys import key_from_functions
 from coldstart.part import Part
 from coldstart.part_loading import Loader
@@ -51,7 +56,9 @@ if TYPE_CHECKING:
 
     from coldstart.capture import Encoding
     from coldstart.definition import Definition
+    from coldstart.errors import ColdstartError
     from coldstart.fetch.base import FetchReport
+    from coldstart.kernel_caches.home import Kernels
     from coldstart.loops import Loops
     from coldstart.metrics import Timeline
     from coldstart.program_start import Accepted
@@ -70,6 +77,7 @@ class Parts:
         self, definition: Definition, services: Services, timeline: Timeline, early: Early | None, loops: Loops
     ) -> None:
         self.no_capture_reason = ""
+        self.kernels = NO_KERNELS
         self._may_not_write = False
         self._definition = definition
         self._services = services
@@ -135,6 +143,31 @@ class Parts:
         part.program, part.restored, part.kind, part.reason = None, None, "cold", ""
         pass_over(part, f"the handler cannot be answered by it: {cause}", self._services.bus)
         part.restoration = restoration_of(part.snapshot, part.key, self.open_repository, self.device, self._services)
+        return True
+
+    def leave_kernels(self, error: ColdstartError) -> bool:
+        """After a failed phase of the user's: whether kernels were restored, and the start is to be tried again without any."""
+        part = self.parts[0]
+        is_users = isinstance(error, PhaseError) and error.phase in (
+            "kernel_compile",
+            "custom_init",
+            "warmup_inference",
+        )
+        if not is_users or part.key is None or part.restored is None or self._services.pinned:
+            return False
+        if not part.restored.kernels.files:
+            return False
+        reason = f"the start failed with them: {error}"
+        home.give_up(reason)
+        compiler = sys.modules.get("torch.compiler")
+        if "torch._dynamo" in sys.modules and compiler is not None:
+            compiler.reset()
+        self._services.bus.publish(events.KernelCachesPassedOver(part.snapshot, reason))
+        part.restored, part.kind, part.reason = None, "cold", ""
+        programs = self.accepted_programs(part.snapshot).identities
+        part.restoration = restoration_of(
+            part.snapshot, part.key, self.open_repository, self.device, self._services, programs
+        )
         return True
 
     # --- what the start record says ----------------------------------------------------------------------------------
@@ -269,6 +302,24 @@ class Parts:
             return NO_PROGRAMS
         wanted = backend or self._definition.program.backend
         return programs_of_start(self._services, self.device, snapshot, wanted)
+
+    def kernels_of(self, part: Part) -> Kernels | None:
+        """Where this process keeps compiled kernels; None for parts but the first: one snapshot of a handler holds them."""
+        return part.restoration.request.kernels if part.restoration and part is self.parts[0] else None
+
+    def note_kernels(self) -> None:
+        """After the warm-up: what was compiled. ``kernels`` says so from now on, and an event."""
+        part = self.parts[0]
+        kernels = self.kernels_of(part)
+        if kernels is None:
+            return
+        use = use_of(kernels, part.restored.kernels) if part.restored else use_of(kernels)
+        self.kernels = use
+        bus, name = self._services.bus, self._definition.name
+        if kernels.late:
+            bus.publish(events.KernelCachesPassedOver(name, kernels.late))
+        if use.restored_files or use.new_files:
+            bus.publish(events.KernelCachesUsed(name, use.restored_files, use.restored_bytes, use.new_files))
 
     # --- after ready -------------------------------------------------------------------------------------------------
 

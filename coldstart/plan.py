@@ -11,16 +11,18 @@ Arithmetic only. The aim is that what did not change keeps its bytes in chunks t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from zlib import crc32
 
 from coldstart.codecs import NAMES
-from coldstart.manifest import NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Form, Segment
+from coldstart.manifest import FORMS, NO_BUFFER, SEGMENT_ALIGNMENT_BYTES, Buffer, Chunk, FileEntry, Form, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from coldstart.manifest import Chunk, Leaf, Manifest
+    from coldstart.manifest import Leaf, Manifest
+
+_Holder = TypeVar("_Holder", Chunk, Buffer, FileEntry)
 
 MIN_CHUNK_BYTES = 4 << 20
 MAX_CHUNK_BYTES = 16 << 20
@@ -153,14 +155,21 @@ def fetch_order(manifest: Manifest) -> list[int]:
     return sorted(range(len(chunks)), key=lambda index: chunks[index].segment not in holding_files)
 
 
-def needed(manifest: Manifest, program_consumer: str = "") -> Manifest:
+def needed(manifest: Manifest, program_consumer: str = "", kernels_consumer: str = "") -> Manifest:
     """The part of a generation that one start needs, as a manifest of its own: with a program, or without any.
 
-    ``program_consumer`` is the consumer of the program's own segments. Segments that are not needed stay in their places
-    without bytes, so indices of segments are the same; their buffers, leaves and files are left out.
+    ``program_consumer`` is the consumer of the program's own segments, ``kernels_consumer`` that of kernel caches. Segments that
+    are not needed stay in their places without bytes, so indices of segments are the same; their buffers, leaves and files
+    are left out.
     """
     wanted = {BOTH, FILES, program_consumer} if program_consumer else {EAGER, BOTH, FILES, LOAD}
-    drops = [segment.consumer not in wanted for segment in manifest.segments]
+    if kernels_consumer:
+        wanted.add(kernels_consumer)
+    return without(manifest, [segment.consumer not in wanted for segment in manifest.segments])
+
+
+def without(manifest: Manifest, drops: Sequence[bool]) -> Manifest:
+    """The manifest without what is in some segments, which stay in their places without bytes. ``drops``: one for each."""
     if not any(drops):
         return manifest
     segments = tuple(
@@ -179,6 +188,32 @@ def needed(manifest: Manifest, program_consumer: str = "") -> Manifest:
         chunks=tuple(manifest.chunks[index] for index in kept_chunks),
         forms=tuple(form._replace(chunk=numbers[form.chunk]) for form in manifest.forms if form.chunk in numbers),
     )
+
+
+def with_segments_of(manifest: Manifest, parent: Manifest, taken: Collection[int]) -> Manifest:
+    """The manifest with some of the parent's segments behind its own.
+
+    All that lies in them comes along: chunks in every form, buffers and files. No byte is read.
+    """
+    segments = sorted(taken)
+    places = {old: len(manifest.segments) + new for new, old in enumerate(segments)}
+    chunks = [index for index, chunk in enumerate(parent.chunks) if chunk.segment in places]
+    numbers = {old: len(manifest.chunks) + new for new, old in enumerate(chunks)}
+    forms = tuple(form._replace(chunk=numbers[form.chunk]) for form in parent.forms if form.chunk in numbers)
+    return manifest._replace(
+        segments=manifest.segments + tuple(parent.segments[index] for index in segments),
+        chunks=manifest.chunks + tuple(_moved(parent.chunks[index], places) for index in chunks),
+        buffers=manifest.buffers + tuple(_moved(each, places) for each in parent.buffers if each.segment in places),
+        files=manifest.files + tuple(_moved(each, places) for each in parent.files if each.segment in places),
+        host_segments=manifest.host_segments
+        + tuple(places[index] for index in parent.host_segments if index in places),
+        forms=manifest.forms + forms,
+        requires=manifest.requires if not forms or FORMS in manifest.requires else (*manifest.requires, FORMS),
+    )
+
+
+def _moved(holder: _Holder, places: Mapping[int, int]) -> _Holder:
+    return holder._replace(segment=places[holder.segment])
 
 
 def _leaves_in(leaves: Sequence[Leaf], places: Mapping[int, int]) -> tuple[Leaf, ...]:

@@ -65,13 +65,15 @@ class Planner:
         policy = self._definition.policy
         digests = report.digests[0] if report.digests else ()
         wish = self._program_wish(part, report) if self._parts.wants_program(part) else None
+        lacks_kernels = self._lacks_kernels(part)
         if part.kind == "restored" and policy == Policy() and not _recovered(part) and wish is None:
-            return None
+            return self._plan(part, (), digests)._replace(adds_kernels=True) if lacks_kernels else None
         if not self._parts.wants_capture(part):
             self._no_capture(part, self._parts.why_no_capture(part))
             return None
         if part.kind == "restored":
-            return self._further_plan(part, digests, wish)
+            plan = self._further_plan(part, digests, wish)
+            return plan and plan._replace(adds_kernels=lacks_kernels and not plan.due_at_once)
         files = self._files_for(part, touched)
         has_something = part.survey is not None or bool(files)
         if not has_something and wish is None:
@@ -79,6 +81,16 @@ class Planner:
             return None
         plan = self._plan(part, tuple(files), digests)._replace(program=wish)
         return plan if has_something else plan._replace(due_at_once=False)
+
+    def _lacks_kernels(self, part: Part) -> bool:
+        """Whether this restored start has compiled what the snapshot could hold for the next one."""
+        return (
+            part is self._parts.parts[0]
+            and part.kind == "restored"
+            and part.program is None
+            and self._parts.kernels.lacking > 0
+            and self._parts.wants_capture(part)
+        )
 
     def _program_wish(self, part: Part, report: WarmupReport) -> ProgramWish | None:
         """The program to be made for this platform; None, with the reason published, where nothing shows how it is called."""
@@ -147,7 +159,8 @@ class Planner:
         )
         created = part.restored.manifest.created_seconds if part.kind == "restored" and part.restored else 0.0
         due_at_once = part.kind != "restored" or _recovered(part)
-        return Plan(capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
+        plan = Plan(capture, part.lookup, part.marks, _origin(self._definition), due_at_once, created)
+        return plan._replace(kernels=self._parts.kernels_of(part))
 
     def _files_for(self, part: Part, touched: set[str]) -> list[caches.FileSource]:
         """Kept files and those of hub caches; beside captured arrays without the files that held them."""

@@ -83,7 +83,8 @@ class ProgramMaking:
         *,
         beside: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
-        variables = {**dict.fromkeys(_THREADS, "1"), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+        variables = {**dict.fromkeys(_THREADS, "1"), **caches}
         if not pinned:
             variables["COLDSTART_FRESH"] = "on"
         self._errand = Errand(

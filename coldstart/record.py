@@ -73,6 +73,7 @@ def start_record(
         "amortised": _amortised(thaw),
         "bytes": _bytes(parts.parts),
         "engines": sorted({part.restored.report.engine for part in parts.parts if part.restored}),
+        "kernel_caches": parts.kernels._asdict(),
         "warmup": {"iterations": report.iterations, "memory_bytes": report.memory_bytes},
         "device": info._asdict(),
         "versions": versions(),

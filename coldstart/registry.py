@@ -10,6 +10,7 @@ from coldstart import events
 from coldstart.config import load
 from coldstart.early import Services, early_restorations
 from coldstart.errors import HandlerError
+from coldstart.kernel_caches import home
 from coldstart.progress import show_progress
 from coldstart.worker import Worker, place_of
 
@@ -107,6 +108,7 @@ def forget_workers() -> None:
         _registry.serving, _registry.pinned, _registry.recorder, _registry.cases = False, {}, None, ""
     for worker in workers:
         worker.close()
+    home.forget()
 
 
 def _services() -> Services:

@@ -99,6 +99,8 @@ class Resnapshot:
                     self._attempt(plan, self._making.of_state)
                 if plan.program is not None and not self._making.stopping.is_set():
                     self._attempt(plan, self._making.with_program)
+                if plan.adds_kernels and not self._making.stopping.is_set():
+                    self._attempt(plan, self._making.with_kernels)
         finally:  # whatever happens, nobody waits for what will not come
             self._first_done.set()
         due = [Due(plan, self._policy, self._served()) for plan in self._plans]

@@ -34,6 +34,8 @@ from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.frameworks import arrays, bind, rebuild
+from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
+from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
 from coldstart.keys import explain_change
 from coldstart.manifest import ref_key
 from coldstart.metrics import Span
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from coldstart.devices.base import Arena, Device
     from coldstart.fetch.ahead import LookAhead
     from coldstart.fetch.base import Address, Fetch, FetchReport
+    from coldstart.kernel_caches.home import Kernels
     from coldstart.manifest import KeyRecord, Manifest
     from coldstart.metrics import Timeline
     from coldstart.programs.record import Program
@@ -82,8 +85,15 @@ class Request(NamedTuple):
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
     ring_bytes: int = RING_BYTES
     """Pinned host memory through which chunks reach a device with memory of its own."""
+    kernels: Kernels | None = None
+    """Where this process keeps compiled kernels, and which of the snapshot it may take."""
     recovery: str = "standard"
     """How far down the order of recovery it may go: a mode of ``coldstart.recovery``."""
+
+    @property
+    def kernels_consumer(self) -> str:
+        """The consumer of the segments with kernel caches that it takes, "" for none."""
+        return self.kernels.wanted if self.kernels else ""
 
 
 class Restored(NamedTuple):
@@ -104,6 +114,8 @@ class Restored(NamedTuple):
     program: Program | None = None
     reason: str = ""
     replica_reads: int = 0
+    kernels: Placed = NOTHING
+    """The kernel caches that it brought."""
 
 
 class Missing(NamedTuple):
@@ -265,7 +277,8 @@ class Restoration:
         request = self.request
         whole = repository.manifest(key, name=request.name, ahead=self._read_ahead)
         program = chosen(whole.programs, request.programs)
-        manifest = needed(whole, consumer_of(program.id) if program else "")
+        kernels = request.kernels_consumer
+        manifest = needed(whole, consumer_of(program.id) if program else "", kernels)
         if manifest.device_type != request.device.type:
             raise SnapshotError(
                 f"generation {manifest.generation} is for device {manifest.device_type}", snapshot=request.name
@@ -282,7 +295,15 @@ class Restoration:
             )
         )
         before = repository.store.tally
-        arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        unread = ""
+        try:
+            arena, report = self._mapped(repository, manifest) or self._fetched(repository, manifest, key)
+        except (StoreError, SnapshotError) as error:
+            if not is_of_kernels(manifest, kernels, error.key or ""):
+                raise
+            manifest, unread = self._without_kernels(manifest), _reason(error)
+            arena, report = self._fetched(repository, manifest, key)
+        placed = self._place_kernels(whole, manifest, arena, unread)
         seconds = report.ended_monotonic_seconds - report.began_monotonic_seconds
         self._bus.publish(events.FetchEnded(request.name, report.fetched_bytes, seconds, report.engine))
         for reason in report.degraded:
@@ -291,7 +312,23 @@ class Restoration:
         step = self._step(report.retried_chunks, replica_reads)
         if recovered_by == "none":
             recovered_by = step
-        return Restored(manifest, key, arena, report, recovered_by, lookup, whole, program, replica_reads=replica_reads)
+        restored = Restored(manifest, key, arena, report, recovered_by, lookup, whole, program)
+        return restored._replace(replica_reads=replica_reads, kernels=placed)
+
+    def _without_kernels(self, manifest: Manifest) -> Manifest:
+        """The manifest to go on with where nothing but a kernel cache is bad: fetched again, by somebody who knows of it."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.end()
+        self._manifest = without_kernels(manifest)
+        return self._manifest
+
+    def _place_kernels(self, whole: Manifest, manifest: Manifest, arena: Arena, unread: str) -> Placed:
+        """Put kernel caches in place before anybody compiles: this thread works beside the imports."""
+        placed = place_kernels(self.request.kernels, whole, manifest, arena, unread)
+        if placed.obstacle:
+            self._bus.publish(events.KernelCachesPassedOver(self.request.name, placed.obstacle))
+        return placed
 
     def _step(self, retried_chunks: int, replica_reads: int) -> str:
         """What made the bytes of a generation whole, told to whoever subscribes."""
@@ -388,7 +425,13 @@ class Restoration:
         bounds = Bounds(request.threads, request.budget_bytes, request.processes, verify_raw=False)
         wanted = ref_key(request.name, request.key.digest)
         return look_ahead(
-            request.address, wanted, bounds, engine=request.engine, programs=request.programs, way=self._way
+            request.address,
+            wanted,
+            bounds,
+            engine=request.engine,
+            programs=request.programs,
+            kernels=request.kernels_consumer,
+            way=self._way,
         )
 
     def _read_ahead(self, key: str) -> StoredObject | None:

@@ -188,10 +188,11 @@ class Worker(Answering):
         try:
             report = self._make_model(phases, parts)
         except ColdstartError as error:
-            if not parts.leave_program(error):
+            if not (parts.leave_program(error) or parts.leave_kernels(error)):
                 raise
             report = self._make_model(phases, parts)
         self._parts = parts
+        parts.note_kernels()
         plans, reason = plan_captures(parts, definition, report, events.bus)
         self.capture_reason = "" if plans else reason
         for fetched in parts.restored:

@@ -183,8 +183,16 @@ def test_a_child_that_hangs_is_ended(tmp_path):
         trials_module.run_child(sleeper, scenario=NAIVE, environment={}, timeout_seconds=0.2)
 
 
+def test_without_a_snapshot_nothing_is_compiled_yet(tmp_path):
+    """The scenarios without a store find no kernels that an earlier trial has compiled, as on a fresh machine."""
+    for name in (ORDINARY, NAIVE):
+        folder = trials_module.environment_of(name, tmp_path)["TORCHINDUCTOR_CACHE_DIR"]
+        assert folder.startswith(str(tmp_path))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in trials_module.environment_of(FIRST, tmp_path)
+
+
 def test_scenarios_differ_in_store_and_nothing_else(tmp_path, monkeypatch):
-    """Only first and restored have a store, the round's own; the environment is otherwise the parent's."""
+    """Only first and restored have a store, the round's own; the environment is otherwise the parent's, but for kernels."""
     monkeypatch.setenv("MARKER", "kept")
     stores = {name: trials_module.environment_of(name, tmp_path)["COLDSTART_STORE"] for name in SCENARIOS}
     assert stores[ORDINARY] == stores[NAIVE] == "off"

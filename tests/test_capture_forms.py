@@ -30,10 +30,13 @@ from coldstart.stores.memory import MemoryStore
 from coldstart.testing import FakeClock
 from coldstart.verify import LEVELS, repair, verify, verify_stores
 from tests.fake_gpu.machine import FakeMachine, content
-from tests.generations import AtPace, capture_of, fetched
+from tests.generations import OTHER_KEY, AtPace, capture_of, fetched
 
 CODECS = (PLANES, ANS)
 DAY = 86_400.0
+ITEMS = 300_000
+MANY = 2_200_000
+"""Weights that take more than one chunk."""
 
 
 @pytest.fixture
@@ -59,13 +62,13 @@ def weights(items: int, seed: int = 3) -> np.ndarray:
     return (numbers.view("<u4") >> 16).astype("<u2")
 
 
-def state() -> dict:
+def state(items: int = ITEMS) -> dict:
     """Weights on the device, one of which there are two, a run of small arrays, noise, and an array of the host."""
     import cupy
 
     return {
-        "large": cupy.asarray(weights(2_200_000)),
-        "twin": cupy.asarray(weights(2_200_000)),
+        "large": cupy.asarray(weights(items)),
+        "twin": cupy.asarray(weights(items)),
         "small": [cupy.asarray(weights(100 * number)) for number in range(1, 20)],
         "noise": cupy.asarray(np.random.default_rng(1).integers(0, 256, 100_000, np.uint8)),
         "host": np.arange(300_000.0),
@@ -113,7 +116,7 @@ def test_weights_on_a_gpu_are_stored_in_both_forms(machine, tmp_path, engine):
     address = Address(f"file://{tmp_path}", StoreOptions())
     store = open_store(*address, degraded=lambda _: None)
     saving = Saving(PROCESS, address, 256 << 20, 0) if engine == "process" else IN_THREAD
-    manifest = write(captured(state()), store, saving=saving).manifest
+    manifest = write(captured(state(MANY)), store, saving=saving).manifest
     assert manifest.requires == (FORMS,)
     assert manifest_from_json(manifest_to_json(manifest)) == manifest
     items = [manifest.segments[manifest.chunks[form.chunk].segment].item_bytes for form in manifest.forms]
@@ -124,11 +127,12 @@ def test_weights_on_a_gpu_are_stored_in_both_forms(machine, tmp_path, engine):
     assert not {chunk.codec for chunk in manifest.chunks} & set(FOR_DEVICES)
     found, degraded = landed(machine, manifest, store, verify_raw=True)
     assert (found, degraded) == (raw(manifest, store), [])
-    assert weights(2_200_000).tobytes() in b"".join(found)
+    assert weights(MANY).tobytes() in b"".join(found)
 
 
-def test_equal_chunks_are_encoded_once(written):
+def test_equal_chunks_are_encoded_once(machine, store):
     """Two arrays of the same weights have one blob in each form."""
+    written = write(captured(state(MANY)), store)
     forms = {form.chunk: form.blob for form in written.manifest.forms}
     blobs = {}
     for index, chunk in enumerate(written.manifest.chunks):
@@ -144,7 +148,7 @@ def test_only_the_form_that_is_wanted_is_fetched(machine, written, store):
     for form in manifest.forms:
         store.delete(blob_key(manifest.chunks[form.chunk].blob))
     found, degraded = landed(machine, manifest, store)
-    assert weights(2_200_000).tobytes() in b"".join(found)
+    assert weights(ITEMS).tobytes() in b"".join(found)
     assert degraded == []
 
 
@@ -229,6 +233,27 @@ def test_a_further_generation_reuses_both_forms(machine, store):
     assert len(set(changed.manifest.blobs) - set(first.manifest.blobs)) == 2
     found, _ = landed(machine, changed.manifest, store, verify_raw=True)
     assert found == raw(changed.manifest, store)
+
+
+def test_forms_of_another_key_are_reused_while_they_are_young(machine):
+    """Where the parent is no generation that is replaced, its forms are asked for; old or missing ones are made anew."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock.time)
+    repository = Repository(store, clock=clock.time, sleep=clock.sleep)
+    encoding = Encoding("nvcomp-ans", 1)
+
+    def follow(parent):
+        capture = captured(model, follows=parent, key=OTHER_KEY, generation=1)
+        return write_generation(capture, repository, encoding=encoding, pace=lambda: None)
+
+    model = {"w": weights_on_device(1)}
+    first = write_generation(captured(model), repository, encoding=encoding, pace=lambda: None)
+    (form,) = first.manifest.forms
+    assert follow(first).written_bytes == 0
+    store.delete(blob_key(form.blob))
+    assert follow(first).written_bytes == form.stored_bytes
+    clock.advance(3 * DAY)
+    assert follow(first).written_bytes == sum(first.manifest.blobs.values())
 
 
 def test_forms_come_and_go_with_the_setting(machine, store):

@@ -82,6 +82,21 @@ def test_restored_bytes_and_warm_answers_are_told():
     assert text.endswith("  warm: median 2.000 ms of 3")
 
 
+@pytest.mark.parametrize(
+    ("restored", "new", "obstacle", "told"),
+    [
+        (23, 0, "", "kernel caches: 23 files, 2.5 kB, restored"),
+        (0, 7, "of another platform", "kernel caches: 7 files compiled anew, of another platform"),
+        (0, 0, "switched off", ""),
+    ],
+)
+def test_kernel_caches_are_told(restored, new, obstacle, told):
+    """Kernels that came with the snapshot or were compiled are told, with what stood in the way; else there is nothing to tell."""
+    use = {"restored_files": restored, "restored_bytes": 2500, "new_files": new, "lacking": 0, "obstacle": obstacle}
+    lines = [line.strip() for line in report(document(start={"kernel_caches": use})).splitlines()]
+    assert [line for line in lines if line.startswith("kernel")] == ([told] if told else [])
+
+
 def test_what_became_of_the_snapshot_is_told():
     """A published generation comes with its cost, and what stood in the way of one with its reason."""
     sizes = {"raw_bytes": 3_000_000_000, "stored_bytes": 999, "written_bytes": 12_345}

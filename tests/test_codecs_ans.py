@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from coldstart.codecs import FOR_DEVICES, NAMES, check_setting, choose, codec
 from coldstart.codecs.ans import ALIGNMENT_BYTES, AnsBlock, AnsCodec, blocks_of, places, table
-from coldstart.codecs.ans_gpu import AnsDecoder, AnsEncoder, AnsLimits, EncodedBlocks
+from coldstart.codecs.ans_gpu import AnsEncoder
 from coldstart.codecs.nvcomp import ANS_MAX_RAW_BYTES, MAJOR
 from coldstart.devices.cuda_driver import Stream
-from coldstart.devices.cuda_memory import DeviceMemory, copy_out, host_address
+from coldstart.devices.cuda_memory import DeviceMemory, host_address
 from coldstart.errors import CodecError, ConfigError
-from coldstart.testing.codecs import CodecContract
+from tests.contracts.ans import AnsContract
 from tests.contracts.nvcomp import NOISE, bf16_weights
 from tests.fake_gpu.machine import FakeMachine
 
@@ -31,43 +31,14 @@ GOLDEN = (
 """Three blocks of 4096, 4096 and 100 bytes; what nvCOMP makes of the first and the last stands for its own."""
 
 
-class OnGpu(AnsCodec):
-    """The codec with a GPU at hand: each call with scratch of its own."""
-
-    def __init__(self, machine: FakeMachine, block_bytes: int = 65_536) -> None:
-        self._machine, self._block_bytes = machine, block_bytes
-
-    def encode(self, raw, *, item_bytes):
-        gpu, stream = self._machine.gpu, Stream(self._machine.gpu)
-        memory = DeviceMemory(gpu, len(raw))
-        source, _kept = host_address(raw.toreadonly())
-        stream.copy_in(memory.address, source, len(raw))
-        encoder = AnsEncoder(gpu, self._machine.frames(), len(raw), block_bytes=self._block_bytes)
-        stored = encoder.encode(
-            memory.address, len(raw), item_bytes=item_bytes, most_bytes=2 * len(raw) + 64, stream=stream
-        )
-        return bytes(stored.data), stored.parameters
-
-    def decode(self, stored, target, *, item_bytes, parameters):
-        blocks = blocks_of(stored, len(target), item_bytes=item_bytes, parameters=parameters)
-        gpu, stream = self._machine.gpu, Stream(self._machine.gpu)
-        source, place = DeviceMemory(gpu, len(stored)), DeviceMemory(gpu, len(target))
-        address, _kept = host_address(stored.toreadonly())
-        stream.copy_in(source.address, address, len(stored))
-        decoder = AnsDecoder(gpu, self._machine.frames(), AnsLimits(len(blocks), parameters["block_bytes"]))
-        decoder.decode([EncodedBlocks(source.address, place.address, item_bytes, blocks)], stream)
-        stream.synchronize()
-        decoder.check()
-        target[:] = copy_out(gpu, place.address, len(target))
+@pytest.fixture
+def machine(fake_gpu_folder) -> FakeMachine:
+    """A machine with a fake GPU."""
+    return FakeMachine(fake_gpu_folder)
 
 
-class TestOnTheFakeGpu(CodecContract):
-    @pytest.fixture(autouse=True)
-    def _on_a_machine(self, fake_gpu_folder):
-        self._machine = FakeMachine(fake_gpu_folder)
-
-    def make(self):
-        return OnGpu(self._machine)
+class TestOnTheFakeGpu(AnsContract):
+    pass
 
 
 def test_the_table_is_read_as_it_was_defined():
@@ -87,9 +58,8 @@ def test_the_table_is_written_as_it_was_defined():
     assert bytes(room) == GOLDEN
 
 
-def test_a_gpu_writes_that_form(fake_gpu_folder):
+def test_a_gpu_writes_that_form(machine):
     """Blocks begin at multiples of 16 with zeros before them, noise is stored as it is, and memory used before does not show."""
-    machine = FakeMachine(fake_gpu_folder)
     raw = bf16_weights(2_000) + NOISE[:4096] + bf16_weights(50)
     encoder = AnsEncoder(machine.gpu, machine.frames(), 1 << 20, block_bytes=4096)
     stream = Stream(machine.gpu)

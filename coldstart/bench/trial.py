@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import config
 from coldstart.errors import CaptureError, StartError
+from coldstart.kernel_caches.kinds import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +70,8 @@ def environment_of(scenario: str, folder: Path) -> dict[str, str]:
         variables["COLDSTART_CAPTURE_WAIT_SECONDS"] = str(TIMEOUT_SECONDS)  # a program takes minutes to make
     if scenario == RESTORED:
         variables["COLDSTART_PROGRAMS"] = "off"
+    if scenario in (ORDINARY, NAIVE):  # on a fresh machine nothing is compiled yet
+        variables |= {kind.variable: str(folder / f"kernels-{scenario}" / kind.name) for kind in KINDS}
     return config.child_environment(variables)
 
 

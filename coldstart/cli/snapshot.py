@@ -136,8 +136,9 @@ def _show(options: argparse.Namespace, repository: Repository) -> int:
 
 def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
     codecs: dict[str, int] = {}
-    for codec in [chunk.codec for chunk in manifest.chunks] + [form.codec for form in manifest.forms]:
-        codecs[codec] = codecs.get(codec, 0) + 1
+    for chunk in manifest.chunks:
+        codecs[chunk.codec] = codecs.get(chunk.codec, 0) + 1
+    form_bytes = sum(manifest.blobs.values()) - manifest.stored_bytes
     return {
         "name": manifest.name,
         "generation": manifest.generation,
@@ -153,6 +154,7 @@ def _described(manifest: Manifest, ref: Ref) -> dict[str, Any]:
         "stored bytes": manifest.stored_bytes,
         "buffers": len(manifest.buffers),
         "chunks": ", ".join(f"{count} {codec}" for codec, count in sorted(codecs.items())),
+        "for GPUs": f"{len(manifest.forms)} chunks in another form too, {form_bytes} bytes" if manifest.forms else None,
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.provenance.items())),
     }
 

@@ -20,6 +20,8 @@ def report(document: Mapping[str, Any]) -> str:
     if document["warm_seconds"]:
         warm = sorted(document["warm_seconds"])
         lines.append(f"  warm: median {1000 * warm[len(warm) // 2]:.3f} ms of {len(warm)}")
+    if kernels := _kernels(start.get("kernel_caches") or {}):
+        lines.append(f"  {kernels}")
     if start.get("program_obstacle"):
         lines.append(f"  without a program: {start['program_obstacle']}")
     lines += map(_capture, document.get("captures") or [document["capture"]])
@@ -69,6 +71,18 @@ def _capture(capture: Mapping[str, Any]) -> str:
         if capture["reason"]
         else ""
     )
+
+
+def _kernels(use: Mapping[str, Any]) -> str:
+    """Whether compiled kernels came with the snapshot; nothing of a start that compiled none and was to have none."""
+    told = []
+    if use.get("restored_files"):
+        told.append(f"{use['restored_files']} files, {_size(use['restored_bytes'])}, restored")
+    if use.get("new_files"):
+        told.append(f"{use['new_files']} files compiled anew")
+    if told and use.get("obstacle"):
+        told.append(use["obstacle"])
+    return f"kernel caches: {', '.join(told)}" if told else ""
 
 
 def _size(size_bytes: int) -> str:

@@ -53,14 +53,15 @@ def look_ahead(
     engine: str,
     programs: Sequence[str] = (),
     way: RingWay | None = None,
+    kernels: str = "",
 ) -> LookAhead | None:
     """Begin to fetch what the ref stored at ``ref_key`` names, in a fetcher; None where none can, or is to.
 
-    ``programs``: the ids of the programs that this start accepts, the preferred one first. ``way``: how chunks reach a
-    device with memory of its own.
+    ``programs``: the ids of the programs that this start accepts, the preferred one first. ``kernels``: the consumer of the
+    kernel caches that it accepts. ``way``: how chunks reach a device with memory of its own.
     """
     if engine == "threads" or address is None or not address.url.startswith(REMOTE):
         return None
     from coldstart.fetch.ahead import begin
 
-    return begin(address, ref_key, bounds, programs, way)
+    return begin(address, ref_key, bounds, programs, kernels, way)

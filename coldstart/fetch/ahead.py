@@ -40,11 +40,17 @@ class Filling(NamedTuple):
 
 
 def begin(
-    address: Address, ref_key: str, bounds: Bounds, programs: Sequence[str] = (), way: RingWay | None = None
+    address: Address,
+    ref_key: str,
+    bounds: Bounds,
+    programs: Sequence[str] = (),
+    kernels: str = "",
+    way: RingWay | None = None,
 ) -> LookAhead | None:
     """Spawn a fetcher for what the ref stored at ``ref_key`` names; None where there is no fetcher to be had.
 
-    ``programs`` are the ids that this start accepts: what only others need is not fetched. ``way``: to a device of its own.
+    ``programs`` are the ids that this start accepts, ``kernels`` the consumer of its kernel caches: what only others need is
+    not fetched. ``way``: to a device of its own.
     """
     if not can_spawn():
         return None
@@ -52,7 +58,12 @@ def begin(
         fetcher = Fetcher()
     except OSError:
         return None  # whoever fetches will see it again, and say so
-    wanted: dict[str, object] = {"ref_key": ref_key, "bounds": list(bounds), "programs": list(programs)}
+    wanted: dict[str, object] = {
+        "ref_key": ref_key,
+        "bounds": list(bounds),
+        "programs": list(programs),
+        "kernels": kernels,
+    }
     if way is not None:
         wanted |= {"ring_bytes": way.ring_bytes, "device_codecs": list(way.device_codecs)}
     fetcher.tell({"url": address.url, "options": address.options._asdict(), **wanted})

@@ -105,7 +105,7 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         _say_object(outbox, task["ref_key"], stored.data, stored.etag)
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
-        manifest = _needed(manifest_from_json(stored.data), task["programs"])
+        manifest = _needed(manifest_from_json(stored.data), task["programs"], task["kernels"])
         if "ring_bytes" in task:
             manifest = in_forms(manifest, task["device_codecs"])
             return _fetch_to_new_ring(outbox, task, stored, key, manifest, store)
@@ -137,10 +137,10 @@ def _fetch_to_new_ring(
     return _fetch_into(outbox, way, share_of(Bounds(*task["bounds"]), manifest), manifest, store, queue_fd)
 
 
-def _needed(manifest: Manifest, accepted: Sequence[str]) -> Manifest:
+def _needed(manifest: Manifest, accepted: Sequence[str], kernels: str) -> Manifest:
     """What the start will need of the generation: it chooses the program in the same way."""
     program = chosen(manifest.programs, accepted)
-    return needed(manifest, consumer_of(program.id) if program else "")
+    return needed(manifest, consumer_of(program.id) if program else "", kernels)
 
 
 def _may_be_mapped(store: Store) -> bool:

@@ -254,10 +254,6 @@ class Landing:
             scratch = self._scratches.get()
         if scratch is None:
             raise self.error or SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
-        if self._frames is not None and scratch.decoder is None:  # made for hashes alone, before the first frame came
-            self._made.remove(scratch)
-            scratch.end()
-            return self._scratch()
         return scratch
 
     def _new_scratch(self) -> _Scratch:

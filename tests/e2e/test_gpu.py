@@ -167,3 +167,31 @@ def test_from_a_bucket_a_fetcher_begins_before_the_device_is_open(project, s3_op
     assert (second.kind, second.output) == ("restored", first.output)
     assert second.record["engines"] == ["process"]
     assert last_report(project)["pageable_host_to_device_copies"] == 0
+
+
+def test_a_state_stored_as_ans_is_decoded_from_that(project):
+    """With COLDSTART_CODEC=nvcomp-ans weights are stored in two forms: the GPU starts from one, and without nvCOMP from the other."""
+    project.environment["COLDSTART_CODEC"] = "nvcomp-ans"
+    first = project.run("--input", '{"row": 2}')
+    assert first.capture["published"], first.errors
+    shown = project.python("-m", "coldstart", "snapshot", "show", "gpu", "--json").document
+    assert {form["codec"] for form in shown["forms"]} == {"nvcomp-ans/6"}
+    second = project.run("--input", '{"row": 2}')
+    assert (second.kind, second.output) == ("restored", first.output)
+    newer = project.run("--input", '{"row": 2}', FAKE_NVCOMP_VERSION="7000", COLDSTART_LOG="json")
+    assert (newer.kind, newer.output) == ("restored", first.output)
+    assert "decoded by the processor" in newer.errors
+    own = {shown["chunks"][form["chunk"]]["blob"] for form in shown["forms"]}
+    for path in project.objects("blobs"):
+        if path.name in own:
+            path.unlink()
+    third = project.run("--input", '{"row": 2}')
+    assert (third.kind, third.output) == ("restored", first.output)
+    assert last_report(project)["pageable_host_to_device_copies"] == 0
+
+
+def test_ans_without_a_gpu_is_refused(project):
+    """On a CPU the setting is an error that says what to use, before anything is loaded."""
+    refused = project.try_run("--input", '{"row": 2}', COLDSTART_CODEC="nvcomp-ans", COLDSTART_DEVICE="cpu")
+    assert "COLDSTART_CODEC=nvcomp-ans" in refused.errors
+    assert "use auto" in refused.errors
