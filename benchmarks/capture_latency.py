@@ -52,6 +52,7 @@ WIDE = {megabytes} * 1_000_000 // (2 * WIDTH * 4096)
 
 def load():
     torch.manual_seed(0)
+    torch.set_default_device("{device}")
     wide = [(torch.randn(4096, WIDTH) * 0.02).to(torch.bfloat16) for _ in range(WIDE)]
     layers = [torch.randn(WIDTH, WIDTH) * 0.03 for _ in range(DEPTH)]
     return {{"wide": wide, "layers": layers, "norms": [torch.ones(WIDTH) for _ in range(NORMS)]}}
@@ -60,7 +61,7 @@ def load():
 @coldstart("capture-latency", load=load, warmup=[{{"rows": 8}}])
 def handler(event, model):
     with torch.inference_mode():
-        x = torch.linspace(-1, 1, event["input"]["rows"] * WIDTH).reshape(-1, WIDTH)
+        x = torch.linspace(-1, 1, event["input"]["rows"] * WIDTH, device="{device}").reshape(-1, WIDTH)
         for layer, norm in zip(model["layers"], model["norms"]):
             x = torch.tanh(x @ layer) * norm
         return float(x.sum())
@@ -182,7 +183,7 @@ class Memory:
 def run_round(options: argparse.Namespace, folder: Path, gap_seconds: float, tree: Path) -> dict:  # type: ignore[type-arg]
     """One worker process, from its start to its end."""
     (folder / "served.py").write_text(
-        HANDLER.format(megabytes=options.megabytes, depth=options.depth, threads=options.threads)
+        HANDLER.format(megabytes=options.megabytes, depth=options.depth, threads=options.threads, device=options.device)
     )
     (folder / "worker.py").write_text(WORKER)
     spec = {
@@ -193,9 +194,10 @@ def run_round(options: argparse.Namespace, folder: Path, gap_seconds: float, tre
     }
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH", "")])),
         "COLDSTART_STORE": f"file://{folder}/store",
         "COLDSTART_FILES_FOLDER": f"{folder}/files",
+        "COLDSTART_DEVICE": options.device,
         "COLDSTART_CAPTURE_IDLE_SECONDS": "0.5",
         "COLDSTART_LOG": "off",
     }
@@ -314,6 +316,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256, help="of bf16 weights")
     parser.add_argument("--depth", type=int, default=16, help="fp32 layers of 4 MB")
     parser.add_argument("--rows", type=int, default=96, help="rows of a request: its work")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where the state is")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as it takes by itself")
     parser.add_argument("--window-seconds", type=float, default=4.0)
     parser.add_argument("--streams", default="back-to-back,half", help="which of back-to-back and half")

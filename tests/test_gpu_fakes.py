@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coldstart.devices import cuda_driver
+from coldstart.save import device_forms
 from tests.contracts.cupy import CupyContract
 from tests.contracts.gpu_devices import CudaArenaContract, GpuContract
 from tests.contracts.gpu_parity import CaptureContract, ChunksContract
@@ -26,6 +27,7 @@ def machine(fake_gpu_folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachi
     """The fake GPU, which is the one that ``open_gpu(0)`` gives."""
     made = FakeMachine(fake_gpu_folder)
     monkeypatch.setitem(cuda_driver._opened, (cuda_driver.LIBRARY, 0), made.gpu)
+    monkeypatch.setattr(device_forms, "_nvcomp", made.frames)
     return made
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coldstart.codecs import encoder
+from coldstart.codecs import DEVICE_BLOCK_BYTES, encoder
 from coldstart.devices.cuda import CudaArena
+from coldstart.errors import CodecError
 from coldstart.fetch import Address, FetchRequest, default_processes, start_fetch
-from coldstart.fetch.landing import device_codecs, land
+from coldstart.fetch.landing import ANS, device_codecs, land
 from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.fetch.threads import processors
 from coldstart.manifest import Chunk, KeyRecord, Manifest, Segment, blob_key
@@ -19,9 +21,13 @@ from coldstart.stores import StoreOptions
 from coldstart.stores.local import LocalStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from benchmarks.on_gpu.timing import Sizes
     from coldstart.devices.cuda_driver import Gpu
     from coldstart.stores.base import Store
+
+    Encode = Callable[[memoryview], tuple[bytes | memoryview, Mapping[str, int | str]]]
 
 NAME = "gpu-benchmark"
 SPREAD = 0.02
@@ -67,13 +73,14 @@ def weights(length_bytes: int, seed: int) -> bytes:
 def made_snapshot(codec: str, length_bytes: int, sizes: Sizes, folder: str) -> Made:
     """A snapshot of so many bytes in one segment. What is beyond ``unique_bytes`` names the chunks before it again."""
     store = LocalStore(folder)
+    encode = ans_on_gpu(sizes.chunk_bytes) if codec == ANS else on_host(codec)
     unique = min(length_bytes, sizes.unique_bytes) // sizes.chunk_bytes
 
     def chunk(number: int) -> Chunk:
         from blake3 import blake3
 
         raw = weights(sizes.chunk_bytes, number)
-        stored, parameters = encoder(codec, level=3).encode(memoryview(raw), item_bytes=2)
+        stored, parameters = encode(memoryview(raw))
         blob = str(blake3(stored).hexdigest())
         store.put(blob_key(blob), stored)
         raw_hash, stored_bytes = str(blake3(raw).hexdigest()), memoryview(stored).nbytes
@@ -85,6 +92,35 @@ def made_snapshot(codec: str, length_bytes: int, sizes: Sizes, folder: str) -> M
     chunks = tuple(made[number % unique]._replace(offset_bytes=number * sizes.chunk_bytes) for number in range(count))
     manifest = _manifest(chunks, count * sizes.chunk_bytes)
     return Made(manifest, store, Address(f"file://{folder}", StoreOptions()), f"file://{folder}", folder)
+
+
+def on_host(codec: str) -> Encode:
+    """Encodes chunks as a capture from a GPU does."""
+    chosen = encoder(codec, level=3, block_bytes=DEVICE_BLOCK_BYTES)
+    return lambda raw: chosen.encode(raw, item_bytes=2)
+
+
+def ans_on_gpu(chunk_bytes: int) -> Encode:
+    """Encodes chunks of this size with nvCOMP's ANS, one at a time."""
+    from coldstart.codecs.ans_gpu import AnsEncoder
+    from coldstart.codecs.nvcomp import Nvcomp
+    from coldstart.devices.cuda_driver import Stream, open_gpu
+    from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
+
+    gpu, one_at_a_time = open_gpu(0), threading.Lock()
+    own, stream = AnsEncoder(gpu, Nvcomp.load(), chunk_bytes), Stream(gpu)
+    place, pinned = DeviceMemory(gpu, chunk_bytes), PinnedMemory(gpu, chunk_bytes)
+
+    def encode(raw: memoryview) -> tuple[bytes, Mapping[str, int | str]]:
+        with one_at_a_time:
+            pinned.view[:] = raw
+            stream.copy_in(place.address, pinned.address, chunk_bytes)
+            stored = own.encode(place.address, chunk_bytes, item_bytes=2, most_bytes=chunk_bytes, stream=stream)
+            if stored is None:
+                raise CodecError("weights did not become smaller by ANS")
+            return bytes(stored.data), stored.parameters
+
+    return encode
 
 
 def _manifest(chunks: tuple[Chunk, ...], length_bytes: int) -> Manifest:
@@ -133,12 +169,12 @@ def restore(made: Made, gpu: Gpu, *, engine: str, on_gpu: bool = True, threads: 
         BUDGET_BYTES,
         address=made.address,
         processes=default_processes(),
+        device_codecs=device_codecs() if on_gpu else (),
     )
     landing = land(request, ring)
     lowest = free_before
     try:
-        codecs = device_codecs() if on_gpu else ()
-        fetch = start_fetch(request._replace(arena=None, ring=ring, device_codecs=codecs), engine=engine)
+        fetch = start_fetch(request._replace(arena=None, ring=ring), engine=engine)
         report = fetch.wait()
         fetched = time.perf_counter()
         lowest = gpu.memory().free_bytes  # scratch is still there: it goes when the landing ends

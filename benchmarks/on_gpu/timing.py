@@ -42,9 +42,9 @@ REHEARSAL = Sizes(
     is_rehearsal=True,
     copy_bytes=1 << 20,
     repeats=3,
-    raw_bytes=4 << 20,
-    restores=(1 << 20, 4 << 20),
-    unique_bytes=2 << 20,
+    raw_bytes=1 << 20,
+    restores=(1 << 20,),
+    unique_bytes=512 << 10,
     chunk_bytes=256 << 10,
 )
 
