@@ -380,7 +380,7 @@ def _write_generation(actor: Actor, repository: Repository, key: KeyRecord) -> N
     terms = Terms("raw", 1, known_chunks(parent) if parent else {}, seen.ref is not None, True, 24, 8)
     stage = Stage(repository, terms, Rate(0, threading.Event()))
     saved = [
-        stage.reused(hash_of(raw), 1, len(raw)) or stage.stored(memoryview(raw), hash_of(raw), 1, "raw")
+        stage.reused(hash_of(raw), 1, len(raw)) or stage.stored(memoryview(raw), hash_of(raw), 0, 1, "raw")
         for raw in chosen
     ]
     manifest = BASE._replace(

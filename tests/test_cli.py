@@ -85,7 +85,7 @@ def test_run_is_cold_then_restored(command, monkeypatch, tmp_path):
     assert (status, again) == (0, out)
     assert err.startswith("digits restored (generation 1); first answer ")
     assert re.search(r"  restored \d+ bytes from \d+ bytes stored\n", err)
-    assert "snapshot" not in err
+    assert "snapshot:" not in err
 
 
 def test_run_as_json_is_one_document(command, monkeypatch):

@@ -313,7 +313,7 @@ def test_doctor_finds_a_store_that_answers_ranges_wrongly(command, monkeypatch):
             "COLDSTART_STORR is not a setting of coldstart; did you mean COLDSTART_STORE?",
         ),
         ("COLDSTART_CODEC", "rar", "settings", "COLDSTART_CODEC='rar' cannot be used: codec has to be "),
-        ("COLDSTART_DEVICE", "cuda", "device", "the cuda device needs coldstart-gpu[gpu]"),
+        ("COLDSTART_DEVICE", "cuda:63", "device", "there is no "),
         ("COLDSTART_STORE", "ftp://a/b", "store", "unknown store scheme 'ftp'"),
         ("COLDSTART_STORE", "{folder}/file/store", "store", "{folder}/file/store/probes/"),
     ],

@@ -25,7 +25,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = dict(re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, re.DOTALL))
 COMMANDS = re.findall(r"^    ((?:coldstart|pip|export|python) .*)$", README, re.MULTILINE)
-INPUTS = {"centroids.py": [0.5] * 64, "classify.py": [0.5] * 64, "counter.py": "a b a", "score.py": [[0.5] * 64]}
+INPUTS = {
+    "cached.py": 3,
+    "centroids.py": [0.5] * 64,
+    "classify.py": [0.5] * 64,
+    "counter.py": "a b a",
+    "score.py": [[0.5] * 64],
+}
 CHANGES = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
 """What changes in a file that comes from a platform's own SDK: RunPod's, then Modal's."""
 PAGES = ("README.md", "deploy/modal/README.md", "deploy/runpod/README.md", "deploy/store/README.md")
@@ -60,7 +66,7 @@ def test_every_block_is_known_here() -> None:
     assert set(BLOCKS) == {*INPUTS, "embed.py", "test_centroids.py"}
 
 
-@pytest.mark.parametrize("file", ["centroids.py", "classify.py", "counter.py"])
+@pytest.mark.parametrize("file", ["cached.py", "centroids.py", "classify.py", "counter.py"])
 def test_a_block_starts_cold_then_restored(file: str, tmp_path: Path) -> None:
     """Each handler of the README is captured by its first start and restored, with the same answer, by its second."""
     (tmp_path / file).write_text(BLOCKS[file])

@@ -41,7 +41,8 @@ __all__ = ["ANS", "PLANES", "Landing", "device_codecs", "land", "limits_of"]
 SCRATCHES = 2
 """Batches that are on the device at once: while one is decoded, the next is copied."""
 MOST_BATCH_BYTES = 64 << 20
-"""Stored bytes of a batch at most: with those, as many raw bytes and nvCOMP's own scratch, twice, is all that it takes."""
+"""Stored bytes of a batch at most. With the planes and nvCOMP's own scratch (three times what it decodes to), twice, this is
+some 700 MB of device memory; where there is less, one batch at a time is decoded, or the processor does it."""
 
 
 class Landing:

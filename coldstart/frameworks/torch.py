@@ -154,6 +154,7 @@ def flat_bytes(buffer: Any) -> Any:
     if not hasattr(buffer, "__cuda_array_interface__"):
         return torch.from_numpy(buffer)
     try:
+        torch.cuda.init()  # nothing may have needed it yet: the bytes came by the driver
         return torch.as_tensor(buffer, device=f"cuda:{buffer.ordinal}")
     except (RuntimeError, AssertionError) as error:
         raise StateMismatchError(
