@@ -130,7 +130,8 @@ def test_library_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "torch/version.py").write_text("__version__ = '9.1'\ncuda: str = '14.0'\ngit_version = 'abc'\n")
     (tmp_path / "triton/__init__.py").write_text("'''isolated'''\n__version__ = '7.2'\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
+    others = {name: module for name, module in sys.modules.items() if name not in ("torch", "triton", "cupy")}
+    monkeypatch.setattr(sys, "modules", others)
     assert library_versions() == {"torch": "9.1", "torch git_version": "abc", "torch cuda": "14.0", "triton": "7.2"}
 
 
