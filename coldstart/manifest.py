@@ -227,6 +227,16 @@ class Manifest(NamedTuple):
     """At most one for each chunk, in the order of the chunks."""
 
     @property
+    def device_segments(self) -> tuple[int, ...]:
+        """Segments with bytes that belong into the memory of a device that has its own; none on a CPU."""
+        if self.device_type == "cpu":
+            return ()
+        on_host = set(self.host_segments)
+        return tuple(
+            index for index, segment in enumerate(self.segments) if segment.length_bytes and index not in on_host
+        )
+
+    @property
     def raw_bytes(self) -> int:
         """Bytes of the state and its files, decoded."""
         return sum(segment.length_bytes for segment in self.segments)

@@ -48,7 +48,7 @@ def start_record(
     platform's snapshot pays for once, and ``own_kind`` what the start was without the platform.
     """
     start = ProcessStart(timeline.clock(), 0.0, "platform") if thaw else process_start_seconds()
-    info = parts.device.info()
+    info = parts.device.known()
     return {
         "format": RECORD_FORMAT,
         "name": definition.name,

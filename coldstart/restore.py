@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
+from coldstart.devices.cpu import CpuDevice
 from coldstart.errors import (
     CodecError,
     ColdstartError,
@@ -157,7 +158,6 @@ class Restoration:
         if request.device.has_own_memory:
             from coldstart.fetch.landing import device_codecs
 
-            request.device.prepare()
             self._way = RingWay(request.ring_bytes, device_codecs())
         self._ahead = self._look_ahead()
         self._under_way: Fetch | None = None
@@ -343,13 +343,13 @@ class Restoration:
 
     def _mapped(self, repository: Repository, manifest: Manifest) -> tuple[Arena, FetchReport] | None:
         """The generation from this host's flat files. Not for a proof, which is to read what the store holds."""
-        request = self.request
-        if request.pinned or request.device.has_own_memory:
+        request, device = self.request, self._device_of(manifest)
+        if request.pinned or device.has_own_memory:
             return None
         return map_segments(
             manifest,
             repository.store,
-            request.device,
+            device,
             threads=request.threads,
             stop=self._cancelled,
             degraded=self._degrade,
@@ -369,7 +369,7 @@ class Restoration:
             progress=self._progressed,
             processes=request.processes,
         )
-        if self._way is None:
+        if self._way is None or not manifest.device_segments:
             return arena, self._waited_for(self._begin(wanted, key))
         return arena, self._landed(wanted, key, self._way)
 
@@ -405,11 +405,16 @@ class Restoration:
 
     def _arena(self, manifest: Manifest, key: str) -> Arena:
         """Memory for the segments: that which is being filled already, if there is one."""
-        lengths = [segment.length_bytes for segment in manifest.segments]
+        lengths, device = [segment.length_bytes for segment in manifest.segments], self._device_of(manifest)
         filling = None if self._ahead is None else self._ahead.arena_fd(key)
         if filling is not None:
-            return self.request.device.adopt(filling, lengths)
-        return self.request.device.allocate(lengths, host_segments=manifest.host_segments)
+            return device.adopt(filling, lengths)
+        return device.allocate(lengths, host_segments=manifest.host_segments)
+
+    def _device_of(self, manifest: Manifest) -> Device:
+        """The device, unless nothing belongs there: it is not opened then, which would take its memory and the right to fork."""
+        device = self.request.device
+        return CpuDevice() if device.has_own_memory and not manifest.device_segments else device
 
     def _degrade(self, reason: str) -> None:
         self._bus.publish(events.StoreDegraded(self.request.name, reason))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from coldstart.config import load as load_settings
-from coldstart.devices import pick
+from coldstart.devices import nvml, pick
 from coldstart.devices.cpu import CpuDevice
 from coldstart.errors import ManifestError
-from coldstart.kernel_caches import compiler, home, nvml, packing, placing
+from coldstart.kernel_caches import compiler, home, packing, placing
 from coldstart.kernel_caches.ahead import compiles
 from coldstart.kernel_caches.home import Kernels
 from coldstart.kernel_caches.kinds import KINDS, SWITCHES, names_in, novel

@@ -101,12 +101,13 @@ class Device(ABC):
         """What frameworks call it."""
         return self.type
 
-    def prepare(self) -> None:  # noqa: B027
-        """Begin whatever takes long until the device can be used, without waiting for it. What fails shows in its use."""
-
     @abstractmethod
     def info(self) -> DeviceInfo:
         """What the device is, and its memory. Raises DeviceError."""
+
+    def known(self) -> DeviceInfo:
+        """What can be told of the device without opening it: sizes are 0 where that takes more. Raises DeviceError."""
+        return self.info()
 
     @abstractmethod
     def allocate(self, segment_bytes: Sequence[int], *, host_segments: Collection[int] = ()) -> Arena:

@@ -4,21 +4,22 @@ All segments that belong on the device lie in one allocation, made once from the
 places for as long as one of them lives. What belongs to the host on any device (files, arrays that were numpy's when
 they were captured) lies in host memory beside it, as on a CPU.
 
-Opening the device takes a third of a second and more (the driver's initialisation and a context), so ``prepare`` begins
-it in a thread of its own, in the shadow of the look-up and of imports.
+Opening the device takes a third of a second and more (the driver's initialisation and a context), some hundred MB of its memory,
+and the right to fork: so it is opened by the first who has something to do there, which is the restoration's thread once it
+knows that the snapshot has bytes for it. Meanwhile fetchers fill the ring.
 """
 
 from __future__ import annotations
 
-import threading
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from coldstart.devices.base import Arena, Device, DeviceInfo
 from coldstart.devices.cpu import CpuDevice
-from coldstart.devices.cuda_driver import Stream, open_gpu
+from coldstart.devices.cuda_driver import Stream, is_open, open_gpu
 from coldstart.devices.cuda_memory import ALIGNMENT_BYTES, DeviceMemory, copy_out, host_address
 from coldstart.devices.device_bytes import DeviceBytes
+from coldstart.devices.nvml import gpu_facts
 from coldstart.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ class CudaDevice(Device):
 
     def __init__(self, ordinal: int = 0) -> None:
         self.ordinal = ordinal
-        self._preparing: threading.Thread | None = None
 
     @property
     def label(self) -> str:
@@ -50,22 +50,14 @@ class CudaDevice(Device):
         """The opened device. Raises DeviceError where there is no driver, or no such GPU."""
         return open_gpu(self.ordinal)
 
-    def prepare(self) -> None:
-        """Begin to open the device, in a thread; whoever needs it then waits for the rest."""
-        if self._preparing is None:
-            self._preparing = threading.Thread(target=self._open, name="coldstart-gpu", daemon=True)
-            self._preparing.start()
-
-    def _open(self) -> None:
-        try:
-            self.gpu  # noqa: B018
-        except DeviceError:  # whoever needs it sees it again, and says so
-            return
-
     def info(self) -> DeviceInfo:
         """The GPU's name and memory. Raises DeviceError."""
         memory = self.gpu.memory()
         return DeviceInfo(self.type, self.gpu.name, memory.total_bytes, memory.free_bytes)
+
+    def known(self) -> DeviceInfo:
+        """The name alone, as long as nobody has used the device: opening it takes a context and its memory."""
+        return self.info() if is_open(self.ordinal) else DeviceInfo(self.type, gpu_facts().get("gpu", ""), 0, 0)
 
     def allocate(self, segment_bytes: Sequence[int], *, host_segments: Collection[int] = ()) -> CudaArena:
         """One allocation for all segments but those of the host. Raises DeviceError with what was asked and what is free."""

@@ -374,6 +374,11 @@ _opened: dict[tuple[str, int], Gpu] = {}
 _opening = threading.Lock()
 
 
+def is_open(ordinal: int, library: str = LIBRARY) -> bool:
+    """Whether ``open_gpu`` has opened it."""
+    return (library, ordinal) in _opened
+
+
 def open_gpu(ordinal: int, library: str = LIBRARY) -> Gpu:
     """The GPU of this number, opened once a process: 0.3 s and more the first time. Raises DeviceError."""
     with _opening:

@@ -106,7 +106,7 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
         manifest = _needed(manifest_from_json(stored.data), task["programs"], task["kernels"])
-        if "ring_bytes" in task:
+        if "ring_bytes" in task and manifest.device_segments:
             manifest = in_forms(manifest, task["device_codecs"])
             return _fetch_to_new_ring(outbox, task, stored, key, manifest, store)
         arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))

@@ -90,7 +90,7 @@ def compile_settings(environ: Mapping[str, str]) -> str:
 
 def _gpu_facts(device: Device) -> dict[str, str]:
     """Names and capabilities of the GPUs, and the driver, by NVML, else by /proc, else the name that the device gives."""
-    from coldstart.kernel_caches.nvml import gpu_facts
+    from coldstart.devices.nvml import gpu_facts
 
     found = gpu_facts()
     if not found:

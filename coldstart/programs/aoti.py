@@ -16,6 +16,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from coldstart.devices.nvml import gpu_facts
 from coldstart.errors import DeviceError, ProgramError, ProgramRuntimeError
 from coldstart.frameworks import torch as for_torch
 from coldstart.programs.base import Backend, Runner
@@ -153,25 +154,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _gpu_names() -> str:
-    """The GPUs of this machine, by the driver's own record: a package has kernels for one architecture.
-
-    Where containers hide that record, the driver is asked, which opens the first GPU.
-    """
-    root, names = "/proc/driver/nvidia/gpus", set[str]()
-    try:
-        for bus in os.listdir(root):
-            with open(os.path.join(root, bus, "information"), encoding="utf-8") as file:
-                names.update(line.partition(":")[2].strip() for line in file if line.startswith("Model"))
-    except OSError:
-        names = {_opened_name()}
-    return ", ".join(sorted(names))
-
-
-def _opened_name() -> str:
+    """The GPUs of this machine: a package has kernels for one architecture. Where nothing else tells, the driver is opened."""
     from coldstart.devices.cuda_driver import open_gpu
 
     try:
-        return open_gpu(0).name
+        return gpu_facts().get("gpu") or open_gpu(0).name
     except DeviceError as error:
         raise ProgramRuntimeError(
             f"which GPU this is cannot be seen ({error}), so no program can be chosen for it: start without one"
