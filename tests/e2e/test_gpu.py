@@ -109,8 +109,9 @@ def test_another_gpu_may_be_named(project):
     second = project.run("--input", '{"row": 2}', COLDSTART_DEVICE="cuda:1")
     assert (second.kind, second.output) == ("restored", first.output)
     assert second.record["device"]["name"] == "Fake H100 1"
-    third = project.try_run("--input", '{"row": 2}', COLDSTART_DEVICE="cuda:7")
-    assert "GPU 7" in third.errors
+    third = project.run("--input", '{"row": 2}', COLDSTART_DEVICE="cuda:7")
+    assert (third.kind, third.output) == ("fallback", first.output)
+    assert "there is no GPU 7 for this process, which may use 2" in third.reason
 
 
 def test_a_damaged_blob_is_answered_by_load(project):
@@ -147,10 +148,11 @@ def test_states_of_the_host_start_as_ever(project):
             return float(model["table"].sum())
         """
     )
+    project.environment["COLDSTART_KERNEL_CACHES"] = "off"  # without NVML only the driver can tell which GPU kernels are for
     first = project.run("--input", "1")
     second = project.run("--input", "1")
     assert (second.kind, second.output) == ("restored", first.output)
-    assert not any(counted["initialised"] for counted in reports(project))  # nobody had anything to do there
+    assert not (project.folder.parent / "report").exists()  # nobody has even loaded the driver
 
 
 def test_from_a_bucket_a_fetcher_begins_before_the_device_is_open(project, s3_options, s3_bucket):
