@@ -242,8 +242,12 @@ class Event:
         self.handle: int = made.value
 
     def record(self, stream: Stream) -> Event:
-        """Stand for what is in the stream by now."""
-        self._gpu.call("cuEventRecord", self.handle, stream.handle)
+        """Stand for what is in the stream by now. Raises DeviceError, and then the event has ended."""
+        try:
+            self._gpu.call("cuEventRecord", self.handle, stream.handle)
+        except DeviceError:
+            self.end()
+            raise
         return self
 
     def wait(self) -> None:
