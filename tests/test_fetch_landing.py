@@ -305,6 +305,7 @@ def test_streams_that_pause_show_no_disorder(fake_gpu_folder, seed):
         ("cuMemcpyHtoDAsync_v2:3=700", "cuMemcpyHtoDAsync_v2"),
         ("cuEventSynchronize:2=700", "cuEventSynchronize"),
         ("cuLaunchKernel:2=700", "cuLaunchKernel"),
+        ("cuLaunchKernel:2=700", "start another"),
         ("cuInit:1=100", "hand one in"),
     ],
 )
