@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
@@ -17,8 +18,10 @@ import pytest
 from coldstart import events
 from coldstart import fetch as engines
 from coldstart.devices.cpu import CpuDevice
+from coldstart.errors import ColdstartError, ObjectMissingError, SnapshotError
 from coldstart.fetch import Address, FetchRequest, look_ahead
 from coldstart.fetch.ahead import begin
+from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
 from coldstart.manifest import blob_key, ref_key
 from coldstart.repository import Repository
@@ -113,6 +116,54 @@ def test_the_fetch_waits_for_nobody(address, repository):
     assert report.engine == "process"
     assert arena.array(0, 0, 200_000).view(np.float32).tolist() == [2.0] * 50_000
     assert children() == []
+
+
+def test_a_ring_that_is_stopped_stops_who_looked_ahead(address, repository):
+    """With more chunks than slots the fetcher waits for one; where nobody copies any more it hears of that, and says so."""
+    state = {name: np.full(5_000_000, ord(name), dtype=np.float32) for name in "abcd"}
+    written = write(capture_of(state), repository)
+    repository.publish(written.manifest, written.manifest_key, replaces=repository.look_up("model", KEY))
+    ahead = begin(address, ref_key("model", KEY.digest), BOUNDS, way=RingWay(1, ()))
+    lookup = repository.look_up("model", KEY, ahead=ahead.read)
+    manifest = repository.manifest(lookup.ref.manifest, name="model", ahead=ahead.read)
+    ring = ahead.ring(lookup.ref.manifest)
+    assert ring.slots < len(manifest.chunks)
+    request = FetchRequest(manifest, repository.store, None, 4, 1 << 24, address=address, ring=ring)
+    fetch = ahead.fetch(request, lookup.ref.manifest)
+    ring.stop()
+    ended = []
+    waiting = threading.Thread(target=lambda: ended.append(error_of(fetch.wait)), daemon=True)
+    waiting.start()
+    waiting.join(PATIENCE_SECONDS / 2)
+    ahead.end()
+    ring.close()
+    (error,) = ended
+    assert (type(error), str(error)) == (SnapshotError, "the fetch was stopped")
+
+
+def test_what_fails_on_the_way_to_a_ring_is_told(address, repository, monkeypatch):
+    """A chunk that is not in the store is missed by the fetcher, in so many words: this process reads nothing once more."""
+    written = publish(repository)
+    (chunk,) = written.manifest.chunks
+    repository.store.delete(blob_key(chunk.blob))
+    ahead = begin(address, ref_key("model", KEY.digest), BOUNDS, way=RingWay(1, ()))
+    lookup = repository.look_up("model", KEY, ahead=ahead.read)
+    manifest = repository.manifest(lookup.ref.manifest, name="model", ahead=ahead.read)
+    ring, read = ahead.ring(lookup.ref.manifest), []
+    monkeypatch.setattr(repository.store, "read_into", lambda key, _: read.append(key))
+    request = FetchRequest(manifest, repository.store, None, 4, 1 << 24, address=address, ring=ring)
+    error = error_of(ahead.fetch(request, lookup.ref.manifest).wait)
+    ahead.end()
+    ring.close()
+    assert isinstance(error, ObjectMissingError)
+    assert read == []
+
+
+def error_of(action):
+    """What an action raises."""
+    with pytest.raises(ColdstartError) as raised:
+        action()
+    return raised.value
 
 
 def ends_and_queues():
@@ -273,6 +324,7 @@ ABANDONING = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from coldstart.fetch.ahead import begin
+from coldstart.fetch.base import RingWay
 from coldstart.fetch.base import Address
 from coldstart.fetch.crew import Bounds
 from coldstart.stores import StoreOptions

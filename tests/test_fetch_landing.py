@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -268,9 +269,17 @@ except ColdstartError as error:
 """
 
 
-def elsewhere(folder: Path, **environment: str) -> list:
-    """What a process of its own says, in which the fake driver is set by ``environment``."""
-    code = IN_PROCESS.format(root=str(Path(__file__).parent.parent), folder=str(folder))
+LEFT = """
+import gc
+gc.collect()
+counted = machine.report()
+print(json.dumps([counted[left] for left in ("live_allocations", "live_streams", "live_events", "registered_ranges")]))
+"""
+
+
+def elsewhere(folder: Path, *, code: str = IN_PROCESS, **environment: str) -> list:
+    """What a process of its own says last, in which the fake driver is set by ``environment``."""
+    code = code.format(root=str(Path(__file__).parent.parent), folder=str(folder))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -279,7 +288,7 @@ def elsewhere(folder: Path, **environment: str) -> list:
         timeout=PATIENCE_SECONDS,
         check=True,
     )
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("seed", ["1", "2"])
@@ -296,6 +305,7 @@ def test_streams_that_pause_show_no_disorder(fake_gpu_folder, seed):
         ("cuMemcpyHtoDAsync_v2:3=700", "cuMemcpyHtoDAsync_v2"),
         ("cuEventSynchronize:2=700", "cuEventSynchronize"),
         ("cuLaunchKernel:2=700", "cuLaunchKernel"),
+        ("cuLaunchKernel:2=700", "start another"),
         ("cuInit:1=100", "hand one in"),
     ],
 )
@@ -304,6 +314,42 @@ def test_a_driver_that_fails_is_a_device_error(fake_gpu_folder, fault, words):
     kind, text = elsewhere(fake_gpu_folder, FAKE_CUDA_FAIL=fault)
     assert kind == "DeviceError"
     assert words in text
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "cuStreamCreateWithPriority:2=2",
+        "cuEventRecord:1=2",
+        "cuStreamWaitEvent:1=2",
+        "cuLaunchKernel:1=2",
+    ],
+)
+def test_a_failed_restore_leaves_nothing_on_the_device(fake_gpu_folder, fault):
+    """Memory of the device, pinned memory, streams and events are given back where a call failed: load needs them."""
+    assert elsewhere(fake_gpu_folder, code=IN_PROCESS + LEFT, FAKE_CUDA_FAIL=fault) == [0, 0, 0, 0]
+
+
+def test_an_error_that_nobody_foresaw_ends_the_landing(machine, monkeypatch):
+    """Whatever is raised by who waits for the GPU, the restore ends with it: it does not wait for scratch that never comes."""
+    store = MemoryStore()
+    manifest = stored_chunks(store, [[(weights(20_000 + number), "planes+zstd") for number in range(8)]], item_bytes=2)
+
+    def odd(self):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr("coldstart.codecs.planes_gpu.PlanesDecoder.check", odd)
+    raised = []
+
+    def restore():
+        with pytest.raises((RuntimeError, SnapshotError)) as error:
+            machine.restored(manifest, store, ring_bytes=1)
+        raised.append(error.value)
+
+    restoring = threading.Thread(target=restore, daemon=True)
+    restoring.start()
+    restoring.join(PATIENCE_SECONDS / 2)
+    assert raised
 
 
 def test_too_little_memory_says_what_was_asked_and_what_is_free(fake_gpu_folder):

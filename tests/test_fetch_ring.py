@@ -116,6 +116,13 @@ def test_stopping_tells_everybody(ring):
     ring.release([taken[0][0]])  # what was under way may still end
 
 
+def test_a_ring_that_was_stopped_is_not_recovered(ring):
+    """A fetcher that dies beside a failed copy leaves nothing to take up again: whoever would do its work hears of the stop."""
+    ring.stop()
+    with pytest.raises(SnapshotError, match="stopped"):
+        ring.recover()
+
+
 def test_another_process_shares_slots_and_records(ring):
     """Through the descriptors another hold on the ring sees the same bytes, and hears when the owner stops."""
     other = Ring(RingFiles(*map(os.dup, ring.files)), 4096, 3)

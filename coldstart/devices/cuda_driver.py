@@ -78,6 +78,8 @@ _QUICK = frozenset(
 """Functions that return at once, so that letting go of the interpreter lock would cost more than they take."""
 
 _OUT_OF_MEMORY = 2
+_LASTING = frozenset((214, 700, 702, 709, 710, *range(714, 720)))
+"""Errors that every later call of the process gets too: ECC, an illegal address, a time-out, a lost context, failed launches."""
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no waiting for the legacy default stream, on which users compute
 _EVENT_FLAGS = 1 | 2  # CU_EVENT_BLOCKING_SYNC: whoever waits sleeps; CU_EVENT_DISABLE_TIMING
 _ATTRIBUTES = {"major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -172,6 +174,8 @@ def _fail(name: str, status: int, text: str) -> NoReturn:
         remedy = ": this process may use no GPU; hand one in, or set COLDSTART_DEVICE=cpu"
     elif status == _OUT_OF_MEMORY:
         remedy = ": the GPU has too little free memory"
+    elif status in _LASTING:
+        remedy = ": this process can use the GPU no more; end it and start another, and look at the machine if that fails too"
     raise DeviceError(f"the NVIDIA driver failed in {name}: {text}{remedy}")
 
 
@@ -242,8 +246,12 @@ class Event:
         self.handle: int = made.value
 
     def record(self, stream: Stream) -> Event:
-        """Stand for what is in the stream by now."""
-        self._gpu.call("cuEventRecord", self.handle, stream.handle)
+        """Stand for what is in the stream by now. Raises DeviceError, and then the event has ended."""
+        try:
+            self._gpu.call("cuEventRecord", self.handle, stream.handle)
+        except DeviceError:
+            self.end()
+            raise
         return self
 
     def wait(self) -> None:

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 
 class Filling(NamedTuple):
-    """What a fetcher is filling already: the arena's memory file or a ring of some shape, and the queue of its chunks."""
+    """What a fetcher is filling already: the arena's memory file or a ring of some shape, and the queue of its chunks.
+
+    ``files`` are empty once somebody has taken the ring over.
+    """
 
     files: tuple[int, ...]
     queue_fd: int
@@ -103,9 +106,10 @@ class LookAhead:
     def ring(self, manifest_key: str) -> Ring | None:
         """The ring that is being filled with this manifest, the caller's from now on; None: none is. Raises DeviceError."""
         filling = self._filling
-        if filling is None or manifest_key != self._manifest_key or filling.ring_shape is None:
+        if filling is None or manifest_key != self._manifest_key or filling.ring_shape is None or not filling.files:
             return None
-        return Ring(RingFiles(*map(os.dup, filling.files)), *filling.ring_shape)
+        self._filling = filling._replace(files=())  # with a writer left open here, the fetcher would not hear of a stop
+        return Ring(RingFiles(*filling.files), *filling.ring_shape)
 
     def fetch(self, request: FetchRequest, manifest_key: str) -> Fetch | None:
         """Have it fetch, or go on fetching, the manifest that it has found into the request's arena.

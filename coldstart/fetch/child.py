@@ -106,14 +106,18 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
         key = ref_from_json(stored.data).manifest
         stored = store.get(key)
         manifest = _needed(manifest_from_json(stored.data), task["programs"], task["kernels"])
+        ring = arena = None
         if "ring_bytes" in task and manifest.device_segments:
             manifest = in_forms(manifest, task["device_codecs"])
-            return _fetch_to_new_ring(outbox, task, stored, key, manifest, store)
-        arena = None if _may_be_mapped(store) else CpuDevice().allocate(_lengths(manifest))
+            ring = Ring.make(*shape_of(manifest, task["ring_bytes"]))
+        elif not _may_be_mapped(store):
+            arena = CpuDevice().allocate(_lengths(manifest))
     except StoreTransientError:
         raise  # it was asked again and again, for as long as that is sensible: the parent need not
     except ColdstartError:
         outbox.leave()
+    if ring is not None:
+        return _fetch_to_new_ring(outbox, task, stored, key, manifest, store, ring)
     if arena is None or arena.fileno is None:
         _say_object(outbox, key, stored.data, stored.etag, is_manifest=True)
         message = inbox.get()
@@ -124,10 +128,9 @@ def _look_up_and_fetch(outbox: _Outbox, inbox: _Inbox, task: dict[str, Any], sto
 
 
 def _fetch_to_new_ring(
-    outbox: _Outbox, task: dict[str, Any], stored: StoredObject, key: str, manifest: Manifest, store: Store
+    outbox: _Outbox, task: dict[str, Any], stored: StoredObject, key: str, manifest: Manifest, store: Store, ring: Ring
 ) -> dict[str, Any]:
-    """Make the ring that the parent copies from, and fill it: it may be long before the parent can take anything."""
-    ring = Ring.make(*shape_of(manifest, task["ring_bytes"]))
+    """Fill a ring that the parent copies from, and which it has not seen yet: it may be long before it can take anything."""
     queue_fd = queue_of(fetch_order(manifest))
     files = (*ring.files, queue_fd)
     shape = [ring.slot_bytes, ring.slots]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,12 +24,12 @@ from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Event, Stream
 from coldstart.devices.cuda_hashes import Hashes
 from coldstart.devices.cuda_memory import DeviceMemory
-from coldstart.errors import BlobCorruptError, CodecError, ColdstartError, DeviceError, SnapshotError
+from coldstart.errors import BlobCorruptError, CodecError, DeviceError, SnapshotError
 from coldstart.fetch.decoding import ANS, PLANES, Arrived, Decoders, Table, arrived, is_for_gpu, limits_of, table_of
 from coldstart.manifest import blob_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from coldstart.fetch.base import FetchRequest
     from coldstart.fetch.decoding import GpuDecoder
@@ -114,25 +115,24 @@ class Landing:
     def _land_all(self) -> None:
         gpu = self._arena.gpu
         host = ctypes.addressof(ctypes.c_char.from_buffer(self._ring.view))
-        pinned = self._pin(host)
-        copying, decoding = Stream(gpu), Stream(gpu)
-        copied, decoded = _Waiter("copied", self._fail), _Waiter("decoded", self._fail)
-        try:
+        with ExitStack() as ending:
+            ending.callback(self._end_scratches)
+            if self._pin(host):
+                ending.callback(gpu.unpin, host)
+            copying, decoding = (ending.enter_context(_drained(Stream(gpu))) for _ in range(2))
+            decoded = _Waiter("decoded", self._fail)
+            ending.callback(decoded.end)
+            copied = _Waiter("copied", self._fail)
+            ending.callback(copied.end)
             self._prepare_decoding()  # in the shadow of the first reads
             while group := self._ring.filled(self._batch):
                 self._land(group, host, copying, decoding, copied, decoded)
-        finally:
-            copied.end()
-            decoded.end()
-            for stream in (copying, decoding):
-                stream.drain()  # after an error something may be queued that nobody waits for, and its memory goes now
-                stream.end()
-            if pinned:
-                gpu.unpin(host)
-            for scratch in self._made:
-                scratch.end()
         if self.error is None and len(self._taken) < len(self._manifest.chunks):
             raise SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
+
+    def _end_scratches(self) -> None:
+        for scratch in self._made:
+            scratch.end()
 
     def _pin(self, address: int) -> bool:
         try:
@@ -180,10 +180,14 @@ class Landing:
                 item_bytes = self._manifest.segments[chunk.segment].item_bytes
                 batch.encoded.append(arrived(address, self._target(chunk), chunk, item_bytes, table))
         event = Event(self._arena.gpu).record(copying)
-        if scratch is not None:
-            decoding.wait_for(event)
-            self._decode(batch, scratch, decoding)
-            decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
+        try:
+            if scratch is not None:
+                decoding.wait_for(event)
+                self._decode(batch, scratch, decoding)
+                decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
+        except BaseException:
+            event.end()
+            raise
         copied.add(event, partial(self._ring.release, batch.slots))
 
     def _table(self, filled: Filled, chunk: Chunk) -> Table | None:
@@ -288,6 +292,16 @@ class Landing:
         self._scratches.put(scratch)
 
 
+@contextmanager
+def _drained(stream: Stream) -> Iterator[Stream]:
+    """A stream whose end is waited for: after an error something may be queued that nobody waits for, and its memory goes."""
+    try:
+        yield stream
+    finally:
+        stream.drain()
+        stream.end()
+
+
 class _Batch(NamedTuple):
     """What is queued together: the slots it comes from, its chunks on the device, and those that are decoded there."""
 
@@ -340,7 +354,7 @@ class _Waiter:
             try:
                 event.wait()
                 action()
-            except (ColdstartError, OSError) as error:
+            except BaseException as error:  # noqa: BLE001  raised again by wait(); unheard of, the landing would wait for ever
                 self._fail(error)
             finally:
                 event.end()

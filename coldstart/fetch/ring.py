@@ -160,8 +160,10 @@ class Ring:
                 os.write(self.files.free_writer, b"".join(_FREE.pack(slot, self._epoch) for slot in slots))
 
     def recover(self) -> None:
-        """Take back all slots that fetchers had: they are gone. Nobody may be fetching."""
+        """Take back all slots that fetchers had: they are gone. Nobody may be fetching. Raises SnapshotError once stopped."""
         with self._lock:
+            if self._is_stopped:
+                raise SnapshotError("the fetch was stopped")
             while _has_input(self.files.free_reader, 0.0):
                 _read(self.files.free_reader, _FREE.size)
             self._epoch += 1

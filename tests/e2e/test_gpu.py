@@ -148,7 +148,9 @@ def test_states_of_the_host_start_as_ever(project):
             return float(model["table"].sum())
         """
     )
-    project.environment["COLDSTART_KERNEL_CACHES"] = "off"  # without NVML only the driver can tell which GPU kernels are for
+    project.environment["COLDSTART_KERNEL_CACHES"] = (
+        "off"  # without NVML only the driver can tell which GPU kernels are for
+    )
     first = project.run("--input", "1")
     second = project.run("--input", "1")
     assert (second.kind, second.output) == ("restored", first.output)
