@@ -54,6 +54,14 @@ def silent_server():
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+def publish_for_gpu(repository, state):
+    """Make a generation current whose arrays belong into the memory of a GPU, and return its manifest."""
+    manifest = write(capture_of(state), repository).manifest._replace(device_type="cuda")
+    key = repository.put_manifest(manifest)
+    repository.publish(manifest, key, replaces=repository.look_up("model", KEY))
+    return manifest
+
+
 def publish(repository, *, key=KEY, follows=None, value=0.0):
     """Make a generation of one array current, and return what was written."""
     state = {"weights": np.full(50_000, value, dtype=np.float32)}
@@ -121,8 +129,7 @@ def test_the_fetch_waits_for_nobody(address, repository):
 def test_a_ring_that_is_stopped_stops_who_looked_ahead(address, repository):
     """With more chunks than slots the fetcher waits for one; where nobody copies any more it hears of that, and says so."""
     state = {name: np.full(5_000_000, ord(name), dtype=np.float32) for name in "abcd"}
-    written = write(capture_of(state), repository)
-    repository.publish(written.manifest, written.manifest_key, replaces=repository.look_up("model", KEY))
+    publish_for_gpu(repository, state)
     ahead = begin(address, ref_key("model", KEY.digest), BOUNDS, way=RingWay(1, ()))
     lookup = repository.look_up("model", KEY, ahead=ahead.read)
     manifest = repository.manifest(lookup.ref.manifest, name="model", ahead=ahead.read)
@@ -143,8 +150,7 @@ def test_a_ring_that_is_stopped_stops_who_looked_ahead(address, repository):
 
 def test_what_fails_on_the_way_to_a_ring_is_told(address, repository, monkeypatch):
     """A chunk that is not in the store is missed by the fetcher, in so many words: this process reads nothing once more."""
-    written = publish(repository)
-    (chunk,) = written.manifest.chunks
+    (chunk,) = publish_for_gpu(repository, {"weights": np.zeros(50_000, np.float32)}).chunks
     repository.store.delete(blob_key(chunk.blob))
     ahead = begin(address, ref_key("model", KEY.digest), BOUNDS, way=RingWay(1, ()))
     lookup = repository.look_up("model", KEY, ahead=ahead.read)
