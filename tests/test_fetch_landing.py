@@ -209,6 +209,26 @@ def test_a_missing_blob_ends_everything(machine):
         machine.restored(manifest, store)
 
 
+def test_where_all_blobs_are_missing_nobody_waits_for_a_slot(machine):
+    """Fetches that fail give their slots back: those that wait for one, with more threads than slots, hear of the failure."""
+    store = MemoryStore()
+    manifest = stored_chunks(store, [[(weights(9_000 + number), "raw") for number in range(12)]], item_bytes=2)
+    for chunk in manifest.chunks:
+        store.delete(blob_key(chunk.blob))
+    missing = []
+
+    def restore():
+        for _ in range(20):
+            with pytest.raises(ObjectMissingError):
+                machine.restored(manifest, store, ring_bytes=1, threads=8)
+            missing.append(True)
+
+    restoring = threading.Thread(target=restore, daemon=True)
+    restoring.start()
+    restoring.join(PATIENCE_SECONDS / 2)
+    assert len(missing) == 20
+
+
 def test_a_cancelled_landing_ends(machine):
     """Cancelling ends the landing while chunks are missing, and whoever waits hears of it."""
     store = MemoryStore()

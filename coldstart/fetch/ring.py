@@ -16,12 +16,13 @@ import os
 import select
 import struct
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from coldstart.errors import DeviceError, SnapshotError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from coldstart.manifest import Manifest
 
@@ -34,6 +35,8 @@ MOST_SLOTS = 256
 _FREE = struct.Struct("<HH")
 _FILLED = struct.Struct("<HHI?")
 _WAKING = (0xFFFF, 0, 0, False)
+_NO_CHUNK = 0xFFFFFFFF
+"""In place of a chunk's number: the slot comes back as it went."""
 
 
 class Filled(NamedTuple):
@@ -117,6 +120,16 @@ class Ring:
         """Give a filled slot to who copies."""
         os.write(self.files.filled_writer, _FILLED.pack(slot, epoch, chunk, is_raw))
 
+    @contextmanager
+    def taken(self) -> Iterator[tuple[int, int]]:
+        """``take``, for a block that hands the slot over last. Where it fails the slot goes back, for others wait for one."""
+        slot, epoch = self.take()
+        try:
+            yield slot, epoch
+        except BaseException:
+            self.hand_over(slot, epoch, _NO_CHUNK, is_raw=False)
+            raise
+
     def take_no_more(self) -> None:
         """Keep only what fetchers need, so that they hear of it when the owner stops."""
         files = self.files
@@ -150,6 +163,9 @@ class Ring:
             if epoch != self._epoch:
                 return ()
             self._held.add(slot)
+        if chunk == _NO_CHUNK:
+            self.release([slot])
+            return ()
         return (Filled(slot, chunk, is_raw),)
 
     def release(self, slots: Sequence[int]) -> None:

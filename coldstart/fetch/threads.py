@@ -116,26 +116,29 @@ class _ThreadFetch(Fetch):
 
     def _fetch_to_ring(self, ring: Ring, index: int, chunk: Chunk) -> None:
         if not self._goes_as_stored(chunk):
-            with self._read(chunk) as stored:
-                slot, epoch = ring.take()
+            with self._read(chunk) as stored, ring.taken() as (slot, epoch):
                 with self._decoding:
                     self._decode(chunk, stored, ring.slot(slot, chunk.length_bytes))
-            ring.hand_over(slot, epoch, index, is_raw=True)
+                ring.hand_over(slot, epoch, index, is_raw=True)
         else:
-            slot, epoch = ring.take()
-            is_raw = chunk.codec == RAW
-            try:
-                self._read_as_stored(chunk, ring.slot(slot, chunk.stored_bytes))
-            except (BlobCorruptError, CodecError, ObjectMissingError):
-                if index not in self._others:
-                    raise
-                self._read_other(index, ring.slot(slot, chunk.length_bytes))
-                self._replaced, is_raw = self._replaced + 1, True
-            else:
-                if self._request.verify_raw and index in self._others:
-                    self._read_other(index, memoryview(bytearray(chunk.length_bytes)))
-            ring.hand_over(slot, epoch, index, is_raw=is_raw)
+            with ring.taken() as (slot, epoch):
+                is_raw = self._read_to_slot(ring, slot, index, chunk)
+                ring.hand_over(slot, epoch, index, is_raw=is_raw)
         self._count(chunk.stored_bytes)
+
+    def _read_to_slot(self, ring: Ring, slot: int, index: int, chunk: Chunk) -> bool:
+        """Fill a slot with a chunk as it is stored, or else from its other form; whether it has raw bytes now."""
+        try:
+            self._read_as_stored(chunk, ring.slot(slot, chunk.stored_bytes))
+        except (BlobCorruptError, CodecError, ObjectMissingError):
+            if index not in self._others:
+                raise
+            self._read_other(index, ring.slot(slot, chunk.length_bytes))
+            self._replaced += 1
+            return True
+        if self._request.verify_raw and index in self._others:
+            self._read_other(index, memoryview(bytearray(chunk.length_bytes)))
+        return chunk.codec == RAW
 
     def _read_as_stored(self, chunk: Chunk, room: memoryview) -> None:
         """Fill ``room`` with the stored bytes of a chunk, whose claims are right too."""
