@@ -102,7 +102,6 @@ class GpuContract:
     def test_the_device_says_what_it_is(self, gpu: Gpu):
         """Type, name, and memory of which no more is free than there is."""
         device = CudaDevice(0)
-        device.prepare()
         info = device.info()
         assert (info.type, info.name) == ("cuda", gpu.name)
         assert 0 < info.free_bytes <= info.memory_bytes
