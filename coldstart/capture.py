@@ -323,7 +323,7 @@ def _terms(capture: Capture, layout: Layout, encoding: Encoding, *, has_replicas
         relies_on_stored=not capture.mends,
         raw_bytes=sum(lengths),
         largest_bytes=max(lengths, default=0),
-        device_segments=tuple(sorted(layout.device_segments)) if capture.device_type == "cuda" else (),
+        device_segments=tuple(sorted(layout.device_segments)),
     )
 
 

@@ -87,6 +87,9 @@ _PUBLIC_KEYS = kinds.text(
 _SIGNING_KEY = kinds.text("csk_[A-Za-z0-9_-]{43}", "a key that begins with csk_; coldstart keys new makes one")
 _SECRET = kinds.text("[!-~]{1,16384}", "printable ASCII without spaces")
 
+PINNED_BYTES = 256 << 20
+"""Pinned memory by default: sixteen of the largest chunks."""
+
 SETTINGS: tuple[Setting, ...] = (
     _setting("store", _ADDRESS, "file://{cache}/coldstart", "where snapshots are kept; off: nowhere"),
     _setting("store_replicas", _REPLICAS, "", "further stores that hold all snapshots too, the nearest first"),
@@ -149,7 +152,7 @@ SETTINGS: tuple[Setting, ...] = (
     _setting(
         "pinned_bytes",
         kinds.size(1 << 20, 1 << 36),
-        256 << 20,
+        PINNED_BYTES,
         "pinned host memory through which a snapshot reaches a GPU",
     ),
     _setting("capture", kinds.flag(), True, "make snapshots in the background"),

@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart import events
+from coldstart.config import PINNED_BYTES
 from coldstart.devices.cpu import CpuDevice
 from coldstart.errors import (
     CodecError,
@@ -33,7 +34,6 @@ from coldstart.errors import (
 from coldstart.fetch import FetchRequest, look_ahead, start_fetch
 from coldstart.fetch.base import RingWay
 from coldstart.fetch.crew import Bounds
-from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
 from coldstart.frameworks import arrays, bind, rebuild
 from coldstart.kernel_caches.merging import is_of_kernels, without_kernels
 from coldstart.kernel_caches.placing import NOTHING, Placed, place_kernels
@@ -84,7 +84,7 @@ class Request(NamedTuple):
     """Ids of the programs that this start can run and may, the preferred one first."""
     fresh: bool = False
     """Look the current generation up, so that it can be replaced, but do not use it (``--fresh``)."""
-    ring_bytes: int = RING_BYTES
+    ring_bytes: int = PINNED_BYTES
     """Pinned host memory through which chunks reach a device with memory of its own."""
     kernels: Kernels | None = None
     """Where this process keeps compiled kernels, and which of the snapshot it may take."""
@@ -376,6 +376,7 @@ class Restoration:
     def _landed(self, wanted: FetchRequest, key: str, way: RingWay) -> FetchReport:
         """Fetch by way of a ring, from which chunks are copied to the device as they come."""
         from coldstart.fetch.landing import land
+        from coldstart.fetch.ring import Ring, shape_of
 
         ring = None if self._ahead is None else self._ahead.ring(key)
         ring = ring or Ring.make(*shape_of(wanted.manifest, way.ring_bytes))

@@ -18,7 +18,7 @@ from coldstart.collect import Rules, collect
 from coldstart.commit import confirm, new_blobs
 from coldstart.errors import BlobCorruptError, CodecError, ConfigError, ObjectMissingError, StateChangedError
 from coldstart.fetch.base import Address
-from coldstart.fetch.landing import ANS, PLANES
+from coldstart.fetch.decoding import ANS, PLANES
 from coldstart.frameworks import survey
 from coldstart.manifest import FORMS, blob_key, manifest_from_json, manifest_to_json
 from coldstart.plan import in_forms, needed

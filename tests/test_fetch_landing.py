@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from coldstart.errors import BlobCorruptError, CodecError, ObjectMissingError, SnapshotError
 from coldstart.fetch.base import Address
-from coldstart.fetch.landing import MOST_BATCH_BYTES, Landing, limits_of
+from coldstart.fetch.decoding import limits_of
+from coldstart.fetch.landing import MOST_BATCH_BYTES, Landing
 from coldstart.fetch.ring import Ring, shape_of
 from coldstart.manifest import FileEntry, blob_key
 from coldstart.stores import StoreOptions, open_store

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
+from coldstart.config import PINNED_BYTES
 from coldstart.errors import DeviceError, SnapshotError
-from coldstart.fetch.ring import MINIMUM_SLOTS, MOST_SLOTS, RING_BYTES, Filled, Ring, RingFiles, shape_of
+from coldstart.fetch.ring import MINIMUM_SLOTS, MOST_SLOTS, Filled, Ring, RingFiles, shape_of
 from coldstart.manifest import Chunk, Segment
 from tests.generations import manifest_of
 
@@ -143,10 +144,10 @@ def test_another_process_shares_slots_and_records(ring):
 @pytest.mark.parametrize(
     ("sizes", "ring_bytes", "expected"),
     [
-        ([(10, 20)], RING_BYTES, (4096, MINIMUM_SLOTS)),
-        ([(5000, 20)] * 3, RING_BYTES, (8192, 4)),
-        ([(16 << 20, 16 << 20)] * 40, RING_BYTES, (16 << 20, 16)),
-        ([(1000, 1000)] * 5000, RING_BYTES, (4096, MOST_SLOTS)),
+        ([(10, 20)], PINNED_BYTES, (4096, MINIMUM_SLOTS)),
+        ([(5000, 20)] * 3, PINNED_BYTES, (8192, 4)),
+        ([(16 << 20, 16 << 20)] * 40, PINNED_BYTES, (16 << 20, 16)),
+        ([(1000, 1000)] * 5000, PINNED_BYTES, (4096, MOST_SLOTS)),
         ([(16 << 20, 16 << 20)] * 40, 1, (16 << 20, MINIMUM_SLOTS)),
     ],
 )
@@ -157,7 +158,7 @@ def test_a_slot_has_room_for_any_chunk(sizes, ring_bytes, expected):
 
 def test_no_chunks_have_a_ring_too():
     """A snapshot without bytes has a shape."""
-    assert shape_of(manifest_of(), RING_BYTES) == (4096, MINIMUM_SLOTS)
+    assert shape_of(manifest_of(), PINNED_BYTES) == (4096, MINIMUM_SLOTS)
 
 
 def test_a_system_without_such_memory_is_told(monkeypatch):

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.on_gpu.snapshots import Made, folder_for, made_snapshot, restore
 from benchmarks.on_gpu.timing import in_turns, rate, wall
+from coldstart.config import PINNED_BYTES
 from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Stream, open_gpu
 from coldstart.devices.cuda_memory import DeviceMemory, PinnedMemory
 from coldstart.fetch.landing import Landing
-from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
+from coldstart.fetch.ring import Ring, shape_of
 from coldstart.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def path(sizes: Sizes) -> dict[str, Any]:
     rates = {name: rate(raw_bytes, seconds) for name, seconds in found.items()}
     limit = rates["copy"]["gb_per_second"]
     ratios = {name: round(each["gb_per_second"] / limit, 3) for name, each in rates.items() if name != "copy"}
-    return {"raw_bytes": raw_bytes, "ring_bytes": RING_BYTES, "sides": rates, "of_the_copy": ratios, "goal": 0.9}
+    return {"raw_bytes": raw_bytes, "ring_bytes": PINNED_BYTES, "sides": rates, "of_the_copy": ratios, "goal": 0.9}
 
 
 _stores: dict[str, MemoryStore] = {}
@@ -69,7 +70,7 @@ def in_memory(made: Made) -> Made:
 
 def _bare_copy(gpu: Gpu, manifest: Manifest) -> Any:
     """Chunk after chunk from pinned memory of the ring's size, nothing else: wall time, like the others."""
-    slot_bytes, slots = shape_of(manifest, RING_BYTES)
+    slot_bytes, slots = shape_of(manifest, PINNED_BYTES)
     pinned, target = PinnedMemory(gpu, slot_bytes * slots), DeviceMemory(gpu, manifest.raw_bytes)
     stream = Stream(gpu)
     pinned.view[:] = bytes(len(pinned.view))
@@ -88,7 +89,7 @@ def _bare_copy(gpu: Gpu, manifest: Manifest) -> Any:
 def _landing_alone(gpu: Gpu, manifest: Manifest) -> float:
     """All chunks through a ring whose slots hold something already: what a fetch would have to keep up with."""
     arena = CudaArena(gpu, [each.length_bytes for each in manifest.segments], ())
-    ring = Ring.make(*shape_of(manifest, RING_BYTES))
+    ring = Ring.make(*shape_of(manifest, PINNED_BYTES))
     ring.view[:] = bytes(len(ring.view))
     work = iter(range(len(manifest.chunks)))
     lock = threading.Lock()

@@ -14,7 +14,7 @@ from benchmarks.on_gpu.object_server import ObjectServer
 from benchmarks.on_gpu.snapshots import folder_for, made_snapshot, restore
 from coldstart.devices.cuda_driver import open_gpu
 from coldstart.fetch import Address
-from coldstart.fetch.landing import ANS, PLANES
+from coldstart.fetch.decoding import ANS, PLANES
 from coldstart.stores import StoreOptions, open_store
 
 if TYPE_CHECKING:

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coldstart.codecs import DEVICE_BLOCK_BYTES, encoder
+from coldstart.config import PINNED_BYTES
 from coldstart.devices.cuda import CudaArena
 from coldstart.errors import CodecError
 from coldstart.fetch import Address, FetchRequest, default_processes, start_fetch
-from coldstart.fetch.landing import ANS, device_codecs, land
-from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
+from coldstart.fetch.decoding import ANS
+from coldstart.fetch.landing import device_codecs, land
+from coldstart.fetch.ring import Ring, shape_of
 from coldstart.fetch.threads import processors
 from coldstart.manifest import Chunk, KeyRecord, Manifest, Segment, blob_key
 from coldstart.stores import StoreOptions
@@ -160,7 +162,7 @@ def restore(made: Made, gpu: Gpu, *, engine: str, on_gpu: bool = True, threads: 
     began = time.perf_counter()
     arena = CudaArena(gpu, [segment.length_bytes for segment in manifest.segments], manifest.host_segments)
     allocated = time.perf_counter()
-    ring = Ring.make(*shape_of(manifest, RING_BYTES))
+    ring = Ring.make(*shape_of(manifest, PINNED_BYTES))
     request = FetchRequest(
         manifest,
         made.store,

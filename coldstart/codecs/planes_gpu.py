@@ -45,8 +45,6 @@ class FrameDecoder(Protocol):
 class Limits(NamedTuple):
     """What a batch has at most."""
 
-    chunks: int
-    stored_bytes: int
     raw_bytes: int
     blocks: int
     block_bytes: int

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Protocol
 from coldstart.codecs.ans import ALIGNMENT_BYTES, AnsBlock, AnsCodec, blocks_of
 from coldstart.codecs.ans import SMALLEST_BLOCK_BYTES as SMALLEST_ANS_BYTES
 from coldstart.codecs.ans_gpu import AnsDecoder, AnsLimits, BlockDecoder, EncodedBlocks
-from coldstart.codecs.planes import Planes, planes_of
+from coldstart.codecs.planes import Planes, PlanesCodec, planes_of
 from coldstart.codecs.planes_gpu import SMALLEST_BLOCK_BYTES, Encoded, FrameDecoder, Limits, PlanesDecoder
 
 if TYPE_CHECKING:
     from coldstart.devices.cuda_driver import Gpu, Stream
     from coldstart.manifest import Chunk, Manifest
 
-PLANES = "planes+zstd"
+PLANES = PlanesCodec.id
 ANS = AnsCodec.id
 
 _SMALLEST_BLOCKS = {PLANES: SMALLEST_BLOCK_BYTES, ANS: SMALLEST_ANS_BYTES}
@@ -94,8 +94,6 @@ def limits_of(manifest: Manifest, chunks: int) -> Limits:
         item_bytes * -(-(chunk.length_bytes // item_bytes) // block_bytes) for chunk, item_bytes, block_bytes in found
     ]
     return Limits(
-        chunks,
-        chunks * max((chunk.stored_bytes for chunk, _, _ in found), default=0),
         chunks * max((chunk.length_bytes for chunk, _, _ in found), default=0),
         chunks * max(blocks, default=0),
         max((min(block_bytes, chunk.length_bytes) for chunk, _, block_bytes in found), default=0),

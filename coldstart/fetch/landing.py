@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,19 +25,18 @@ from coldstart.devices.cuda_driver import Event, Stream
 from coldstart.devices.cuda_hashes import Hashes
 from coldstart.devices.cuda_memory import DeviceMemory
 from coldstart.errors import BlobCorruptError, CodecError, DeviceError, SnapshotError
-from coldstart.fetch.decoding import ANS, PLANES, Arrived, Decoders, Table, arrived, is_for_gpu, limits_of, table_of
+from coldstart.fetch.decoding import ANS, PLANES, Arrived, Decoders, Table, arrived, is_for_gpu, table_of
+from coldstart.fetch.lanes import Waiter, drained
 from coldstart.manifest import blob_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from coldstart.fetch.base import FetchRequest
     from coldstart.fetch.decoding import GpuDecoder
     from coldstart.fetch.ring import Filled, Ring
     from coldstart.manifest import Chunk, Manifest
     from coldstart.stores.base import Store
-
-__all__ = ["ANS", "PLANES", "Landing", "device_codecs", "land", "limits_of"]
 
 SCRATCHES = 2
 """Batches that are on the device at once: while one is decoded, the next is copied."""
@@ -119,14 +118,15 @@ class Landing:
             ending.callback(self._end_scratches)
             if self._pin(host):
                 ending.callback(gpu.unpin, host)
-            copying, decoding = (ending.enter_context(_drained(Stream(gpu))) for _ in range(2))
-            decoded = _Waiter("decoded", self._fail)
+            copying, decoding = (ending.enter_context(drained(Stream(gpu))) for _ in range(2))
+            decoded = Waiter("decoded", self._fail)
             ending.callback(decoded.end)
-            copied = _Waiter("copied", self._fail)
+            copied = Waiter("copied", self._fail)
             ending.callback(copied.end)
             self._prepare_decoding()  # in the shadow of the first reads
+            lanes = _Lanes(host, copying, decoding, copied, decoded)
             while group := self._ring.filled(self._batch):
-                self._land(group, host, copying, decoding, copied, decoded)
+                self._land(group, lanes)
         if self.error is None and len(self._taken) < len(self._manifest.chunks):
             raise SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
 
@@ -142,59 +142,69 @@ class Landing:
             return False
         return True
 
-    def _land(
-        self,
-        group: Sequence[Filled],
-        host: int,
-        copying: Stream,
-        decoding: Stream,
-        copied: _Waiter,
-        decoded: _Waiter,
-    ) -> None:
+    def _land(self, group: Sequence[Filled], lanes: _Lanes) -> None:
         """Queue a group. Its slots are free again when it is copied."""
-        batch = _Batch([], [], [])
-        stored: list[tuple[Filled, Chunk, Table]] = []
+        batch = self._sorted(group)
+        if not batch.slots:
+            return
+        for filled in batch.raw:
+            chunk = self._manifest.chunks[filled.chunk]
+            lanes.copying.copy_in(self._target(chunk), self._host(filled, lanes), chunk.length_bytes)
+        scratch = self._scratch() if batch.stored or self._verify_raw else None
+        encoded = [] if scratch is None else self._copy_stored(batch.stored, scratch, lanes)
+        event = Event(self._arena.gpu).record(lanes.copying)
+        try:
+            if scratch is not None:
+                lanes.decoding.wait_for(event)
+                self._decode(batch.chunks, encoded, scratch, lanes.decoding)
+                decoded = Event(self._arena.gpu).record(lanes.decoding)
+                lanes.decoded.add(decoded, partial(self._finish, batch.chunks, scratch))
+        except BaseException:
+            event.end()
+            raise
+        lanes.copied.add(event, partial(self._ring.release, batch.slots))
+
+    def _sorted(self, group: Sequence[Filled]) -> _Batch:
+        """What of a group is for the device. The rest is put in place here, or was there before, and its slots are free."""
+        batch = _Batch([], [], [], [])
         for filled in group:
             chunk = self._manifest.chunks[filled.chunk]
             table = self._table(filled, chunk)
             if filled.chunk in self._taken:  # a fetcher died, and another did its work again
                 self._ring.release([filled.slot])
-            elif not self._arena.is_on_device(chunk.segment) or (table is None and not filled.is_raw):
+                continue
+            self._taken.add(filled.chunk)
+            if not self._arena.is_on_device(chunk.segment) or (table is None and not filled.is_raw):
                 self._place(filled, chunk)
                 self._ring.release([filled.slot])
+                continue
+            batch.slots.append(filled.slot)
+            batch.chunks.append(chunk)
+            if table is None:
+                batch.raw.append(filled)
             else:
-                batch.slots.append(filled.slot)
-                if table is None:
-                    copying.copy_in(self._target(chunk), host + filled.slot * self._ring.slot_bytes, chunk.length_bytes)
-                else:
-                    stored.append((filled, chunk, table))
-                batch.chunks.append(chunk)
-            self._taken.add(filled.chunk)
-        if not batch.slots:
-            return
-        scratch = self._scratch() if stored or self._verify_raw else None
-        if scratch is not None:
-            for place, (filled, chunk, table) in enumerate(stored):
-                address = scratch.stored_address(place * self._ring.slot_bytes)
-                copying.copy_in(address, host + filled.slot * self._ring.slot_bytes, chunk.stored_bytes)
-                item_bytes = self._manifest.segments[chunk.segment].item_bytes
-                batch.encoded.append(arrived(address, self._target(chunk), chunk, item_bytes, table))
-        event = Event(self._arena.gpu).record(copying)
-        try:
-            if scratch is not None:
-                decoding.wait_for(event)
-                self._decode(batch, scratch, decoding)
-                decoded.add(Event(self._arena.gpu).record(decoding), partial(self._finish, batch, scratch))
-        except BaseException:
-            event.end()
-            raise
-        copied.add(event, partial(self._ring.release, batch.slots))
+                batch.stored.append((filled, table))
+        return batch
+
+    def _copy_stored(self, stored: Sequence[tuple[Filled, Table]], scratch: _Scratch, lanes: _Lanes) -> list[Arrived]:
+        """Queue the copies of what is decoded there, and tell where each then is."""
+        found = []
+        for place, (filled, table) in enumerate(stored):
+            chunk = self._manifest.chunks[filled.chunk]
+            address = scratch.stored_address(place * self._ring.slot_bytes)
+            lanes.copying.copy_in(address, self._host(filled, lanes), chunk.stored_bytes)
+            item_bytes = self._manifest.segments[chunk.segment].item_bytes
+            found.append(arrived(address, self._target(chunk), chunk, item_bytes, table))
+        return found
+
+    def _host(self, filled: Filled, lanes: _Lanes) -> int:
+        return lanes.ring_address + filled.slot * self._ring.slot_bytes
 
     def _table(self, filled: Filled, chunk: Chunk) -> Table | None:
         """The table of a chunk that the GPU is to decode; None for any other."""
-        if filled.is_raw or not self._arena.is_on_device(chunk.segment) or not is_for_gpu(chunk):
+        if self._frames is None or filled.is_raw:
             return None
-        if self._frames is None:
+        if not self._arena.is_on_device(chunk.segment) or not is_for_gpu(chunk):
             return None
         stored = self._ring.slot(filled.slot, chunk.stored_bytes)
         return table_of(chunk, stored, self._manifest.segments[chunk.segment].item_bytes)
@@ -246,20 +256,23 @@ class Landing:
 
     def _scratch(self) -> _Scratch:
         """Scratch that nothing is using: more is made while there are few and the GPU has room, then it is waited for."""
-        try:
-            scratch = self._scratches.get_nowait()
-        except queue.Empty:
-            if not self._is_short and len(self._made) < SCRATCHES:
-                try:
-                    return self._new_scratch()
-                except DeviceError:
-                    if not self._made:
-                        raise
-                    self._is_short = True
-            scratch = self._scratches.get()
+        scratch = self._more_scratch() if self._scratches.empty() else None
+        scratch = scratch or self._scratches.get()
         if scratch is None:
             raise self.error or SnapshotError("the fetch was cancelled", snapshot=self._manifest.name)
         return scratch
+
+    def _more_scratch(self) -> _Scratch | None:
+        """Further scratch; None where there is enough, or no room for more. Raises DeviceError where there is none at all."""
+        if self._is_short or len(self._made) >= SCRATCHES:
+            return None
+        try:
+            return self._new_scratch()
+        except DeviceError:
+            if not self._made:
+                raise
+            self._is_short = True
+            return None
 
     def _new_scratch(self) -> _Scratch:
         gpu, slot_bytes = self._arena.gpu, self._ring.slot_bytes
@@ -272,18 +285,17 @@ class Landing:
         self._made.append(_Scratch(stored, decoder, hashes))
         return self._made[-1]
 
-    def _decode(self, batch: _Batch, scratch: _Scratch, decoding: Stream) -> None:
+    def _decode(self, chunks: Sequence[Chunk], encoded: list[Arrived], scratch: _Scratch, decoding: Stream) -> None:
         if scratch.decoder is not None:
-            scratch.decoder.decode(batch.encoded, decoding)
+            scratch.decoder.decode(encoded, decoding)
         if scratch.hashes is not None:
-            ranges = [(self._target(chunk), chunk.length_bytes) for chunk in batch.chunks]
-            scratch.hashes.queue(ranges, decoding)
+            scratch.hashes.queue([(self._target(chunk), chunk.length_bytes) for chunk in chunks], decoding)
 
-    def _finish(self, batch: _Batch, scratch: _Scratch) -> None:
+    def _finish(self, chunks: Sequence[Chunk], scratch: _Scratch) -> None:
         if scratch.decoder is not None:
             scratch.decoder.check()
         if scratch.hashes is not None:
-            for chunk, found in zip(batch.chunks, scratch.hashes.found(), strict=True):
+            for chunk, found in zip(chunks, scratch.hashes.found(), strict=True):
                 if found != chunk.raw_hash:
                     raise BlobCorruptError(
                         f"a chunk in device memory is not what was captured: blob {chunk.blob}",
@@ -292,22 +304,23 @@ class Landing:
         self._scratches.put(scratch)
 
 
-@contextmanager
-def _drained(stream: Stream) -> Iterator[Stream]:
-    """A stream whose end is waited for: after an error something may be queued that nobody waits for, and its memory goes."""
-    try:
-        yield stream
-    finally:
-        stream.drain()
-        stream.end()
-
-
 class _Batch(NamedTuple):
-    """What is queued together: the slots it comes from, its chunks on the device, and those that are decoded there."""
+    """What of a group is for the device: its slots and chunks, those that lie raw in their slots, those to be decoded there."""
 
     slots: list[int]
     chunks: list[Chunk]
-    encoded: list[Arrived]
+    raw: list[Filled]
+    stored: list[tuple[Filled, Table]]
+
+
+class _Lanes(NamedTuple):
+    """What carries chunks: the ring's address in host memory, a stream each for copies and decoding, and who waits for each."""
+
+    ring_address: int
+    copying: Stream
+    decoding: Stream
+    copied: Waiter
+    decoded: Waiter
 
 
 class _Scratch(NamedTuple):
@@ -328,36 +341,6 @@ class _Scratch(NamedTuple):
         for part in self:
             if part is not None:
                 part.end()
-
-
-class _Waiter:
-    """A thread that waits for one event after another, and does what is to be done then."""
-
-    def __init__(self, name: str, fail: Callable[[BaseException], None]) -> None:
-        self._queue: queue.SimpleQueue[tuple[Event, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._fail = fail
-        self._thread = threading.Thread(target=self._run, name=f"coldstart-landing-{name}", daemon=True)
-        self._thread.start()
-
-    def add(self, event: Event, action: Callable[[], None]) -> None:
-        """Do ``action`` when the event has come; the event is this one's from now on."""
-        self._queue.put((event, action))
-
-    def end(self) -> None:
-        """Wait until all is done."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            event, action = item
-            try:
-                event.wait()
-                action()
-            except BaseException as error:  # noqa: BLE001  raised again by wait(); unheard of, the landing would wait for ever
-                self._fail(error)
-            finally:
-                event.end()
 
 
 def land(request: FetchRequest, ring: Ring) -> Landing:

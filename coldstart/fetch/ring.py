@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from coldstart.manifest import Manifest
 
-RING_BYTES = 256 << 20
-"""Memory of a ring by default: sixteen of the largest chunks."""
 MINIMUM_SLOTS = 2
 MOST_SLOTS = 256
 """Records of so many slots fit into a pipe even where the system gives it one page, so who frees one never waits."""

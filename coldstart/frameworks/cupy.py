@@ -9,10 +9,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from coldstart.errors import ManifestError, StateMismatchError
-from coldstart.frameworks.memory import Extent, Form
+from coldstart.frameworks.memory import Extent
+from coldstart.frameworks.numpy import form, order_refusal
 
 if TYPE_CHECKING:
     from coldstart.manifest import Leaf
+
+__all__ = ["extent", "form", "is_array", "refusal", "view", "zeros"]
 
 _KINDS = "biufc"
 _DTYPE = re.compile(rf"[<>|][{_KINDS}]\d{{1,2}}\Z")
@@ -30,17 +33,7 @@ def refusal(array: Any) -> str:
         return f"is a {cls.__name__}, a subclass of cupy's array that views of plain memory cannot replace"
     if array.dtype.kind not in _KINDS:
         return f"is an array of the dtype {array.dtype}, whose items are not plain numbers"
-    steps = [stride for size, stride in zip(array.shape, array.strides, strict=True) if size > 1]
-    if array.size and any(step < 0 or step % array.dtype.itemsize for step in steps):
-        return "runs backwards or between items through its memory: use cupy.ascontiguousarray() in load"
-    return ""
-
-
-def form(array: Any) -> Form:
-    """Dtype (``dtype.str``), item size, shape and strides in items."""
-    item_bytes = array.dtype.itemsize
-    strides = tuple(max(stride, 0) // item_bytes for stride in array.strides)
-    return Form(array.dtype.str, item_bytes, tuple(array.shape), strides)
+    return order_refusal(array, "cupy")
 
 
 def extent(array: Any, length_bytes: int) -> Extent:

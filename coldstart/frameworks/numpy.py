@@ -25,9 +25,14 @@ def refusal(array: Any) -> str:
         return f"is a {type(array).__name__}, a subclass of numpy's array that views of plain memory cannot replace"
     if dtype.kind not in _KINDS or dtype.hasobject or not dtype.itemsize:
         return f"is an array of the dtype {dtype}, whose items are not plain numbers, texts or times"
+    return order_refusal(array, "numpy")
+
+
+def order_refusal(array: Any, library: str) -> str:
+    """The refusal of an array, numpy's or one that looks like it, whose strides no view of items can have."""
     steps = [stride for size, stride in zip(array.shape, array.strides, strict=True) if size > 1]
-    if array.size and any(step < 0 or step % dtype.itemsize for step in steps):
-        return "runs backwards or between items through its memory: use numpy.ascontiguousarray() in load"
+    if array.size and any(step < 0 or step % array.dtype.itemsize for step in steps):
+        return f"runs backwards or between items through its memory: use {library}.ascontiguousarray() in load"
     return ""
 
 

@@ -13,7 +13,7 @@ import pytest
 from coldstart.capture import Encoding, write_generation
 from coldstart.errors import BlobCorruptError
 from coldstart.fetch import Address
-from coldstart.fetch.landing import ANS, PLANES
+from coldstart.fetch.decoding import ANS, PLANES
 from coldstart.frameworks import arrays, bind, rebuild, survey
 from coldstart.manifest import manifest_from_json, manifest_to_json
 from coldstart.plan import in_forms

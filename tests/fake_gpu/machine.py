@@ -6,12 +6,14 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from coldstart.codecs.nvcomp import LIBRARY, Nvcomp
+from coldstart.config import PINNED_BYTES
 from coldstart.devices.cuda import CudaArena
 from coldstart.devices.cuda_driver import Gpu, open_gpu
 from coldstart.devices.cuda_memory import copy_out
 from coldstart.fetch import FetchRequest, start_fetch, start_threads
-from coldstart.fetch.landing import PLANES, Landing
-from coldstart.fetch.ring import RING_BYTES, Ring, shape_of
+from coldstart.fetch.decoding import PLANES
+from coldstart.fetch.landing import Landing
+from coldstart.fetch.ring import Ring, shape_of
 from tests.fake_gpu.libraries import report
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class FakeMachine:
         manifest: Manifest,
         store: Store,
         *,
-        ring_bytes: int = RING_BYTES,
+        ring_bytes: int = PINNED_BYTES,
         device_codecs: tuple[str, ...] = (PLANES,),
         open_frames: Callable[[], FrameDecoder] | None = None,
         engine: str = "threads",
