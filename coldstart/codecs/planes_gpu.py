@@ -68,6 +68,7 @@ class PlanesDecoder:
         """Raises DeviceError where the GPU has no room for the scratch."""
         self._gpu = gpu
         self._kernels = kernels_on(gpu)
+        self._kernels.open_planes()
         self._frames = frames
         self._limits = limits
         self._table = PinnedMemory(gpu, limits.blocks * ADDRESS_BYTES * (COLUMNS + 1))

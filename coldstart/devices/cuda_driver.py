@@ -173,7 +173,8 @@ def _fail(name: str, status: int, text: str) -> NoReturn:
     if name == "cuInit":
         remedy = ": this process may use no GPU; hand one in, or set COLDSTART_DEVICE=cpu"
     elif status == _OUT_OF_MEMORY:
-        remedy = ": the GPU has too little free memory"
+        short = "this machine has too little memory that can be pinned" if "Host" in name else "the GPU has too little"
+        remedy = f": {short}"
     elif status in _LASTING:
         remedy = ": this process can use the GPU no more; end it and start another, and look at the machine if that fails too"
     raise DeviceError(f"the NVIDIA driver failed in {name}: {text}{remedy}")

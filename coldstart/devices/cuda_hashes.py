@@ -25,6 +25,7 @@ class Hashes:
     def __init__(self, gpu: Gpu, ranges: int, largest_bytes: int) -> None:
         """Raises DeviceError where the GPU has no room for the scratch."""
         self._kernels = kernels_on(gpu)
+        self._kernels.open_hashing()
         self._scratch_bytes = chaining_bytes(largest_bytes)
         self._chaining = DeviceMemory(gpu, ranges * self._scratch_bytes)
         self._digests = DeviceMemory(gpu, ranges * DIGEST_BYTES)
@@ -60,6 +61,7 @@ def hash_of_device(data: DeviceBytes) -> str:
     from blake3 import blake3
 
     gpu = open_gpu(data.ordinal)
+    gpu.synchronize()  # what computed the bytes was queued on a stream that ours is not ordered behind
     ranges = [
         (data.address + begin, min(_PIECE_BYTES, data.length_bytes - begin))
         for begin in range(0, data.length_bytes, _PIECE_BYTES)

@@ -52,6 +52,14 @@ class Kernels:
         self._launch(stream, self._hashing, launch, c_ulonglong(data), c_ulonglong(length_bytes), scratch)
         self._launch(stream, self._hashing, kernels.tree(), scratch, leaves, c_ulonglong(digest))
 
+    def open_planes(self) -> None:
+        """Have the driver compile what ``merge_planes`` needs now, and not with the first chunk. Raises DeviceError."""
+        self._planes  # noqa: B018
+
+    def open_hashing(self) -> None:
+        """The same for ``blake3``."""
+        self._hashing  # noqa: B018
+
     @cached_property
     def _planes(self) -> dict[str, int]:
         return self._load(kernels.PLANES, "coldstart_merge_planes")

@@ -57,6 +57,7 @@ def copy_out(gpu: Gpu, address: int, length_bytes: int) -> bytes:
     """Bytes of the device, copied at once: for what is small, or for looking at it."""
     room = bytearray(length_bytes)
     if length_bytes:
+        gpu.synchronize()  # what computed the bytes was queued on a stream that ours is not ordered behind
         stream = Stream(gpu)
         try:
             target, _ = host_address(memoryview(room))

@@ -49,15 +49,27 @@ def zeros(array: PoolArray, *, label: str, ordinal: int) -> Any:
     ManifestError for a dtype or a framework that is not known here, StateMismatchError where torch or cupy is missing.
     """
     try:
-        if array.framework == "torch":
-            return for_torch.zeros(array.dtype, array.shape, label)
         if array.framework == "numpy":
             return for_numpy.zeros(array.dtype, array.shape)
+        made = None
+        if array.framework == "torch":
+            made = for_torch.zeros(array.dtype, array.shape, label)
         if array.framework == "cupy":
-            return for_cupy.zeros(array.dtype, array.shape, ordinal)
+            made = for_cupy.zeros(array.dtype, array.shape, ordinal)
+        if made is not None:
+            _wait_for(ordinal)
+            return made
     except (MemoryError, RuntimeError, AssertionError) as error:  # the last: torch asserts that it is built for CUDA
         raise DeviceError(f"{type(error).__name__}: {error}") from error
     raise ManifestError(f"pool {array.name!r} is an array of {array.framework!r}, which this coldstart does not know")
+
+
+def _wait_for(ordinal: int) -> None:
+    """Until what a framework has only queued on its own stream is done: who gets the array may use another one."""
+    if ordinal >= 0:
+        from coldstart.devices.cuda_driver import open_gpu
+
+        open_gpu(ordinal).synchronize()
 
 
 def clear(array: Any) -> None:
